@@ -389,10 +389,16 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         return f * (score > self.threshold)  # 0 in vanilla
 
     @torch.no_grad()
+    def center(self, mean):
+        """Starts a new model at the mean [n_models, d_model] of the scaled activations: few latents die early."""
+        self.b_dec.copy_(mean)
+        self.b_enc.copy_(-einsum(self.W_enc, mean, "latent model d, model d -> latent"))
+
+    @torch.no_grad()
     def update_threshold(self):
         """After a step of batchtopk: a running mean of the smallest score kept, started from the first."""
         if self.last_smallest is not None:
-            self.threshold.lerp_(self.last_smallest, torch.where(self.threshold == 0, 1.0, 0.01))
+            self.threshold.lerp_(self.last_smallest, torch.where(self.threshold == 0, 1.0, 0.02))
 
     def decode(self, f):
         """f [batch, d_hidden] -> raw activations [batch, n_models, d_model]."""
@@ -650,7 +656,9 @@ def train(config, checkpoint=None):
         1.0 if config["variant"] == "vanilla" else config["k"] / config["d_hidden"],
         0,
     )  # share active
-    if checkpoint:
+    if not checkpoint:
+        model.center(all_reduce((data.batch(0).to(device) * model.scale[:, None]).mean(0)) / world()[1])
+    else:
         for part, name in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler")):
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["random_state"])
