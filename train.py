@@ -11,6 +11,7 @@ Crosscoders: Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders. Bat
 """
 
 import argparse
+import ctypes
 import difflib
 import functools
 import json
@@ -315,7 +316,7 @@ class SparseCode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, row, col, f):
         ctx.save_for_backward(x, W_dec, row, col, f)
-        return f.clone(), csr(row, col, f, len(x), len(W_dec)) @ W_dec
+        return f.clone(), times(csr(row, col, f, len(x), len(W_dec)), W_dec)
 
     @staticmethod
     def backward(ctx, grad_f, grad_out):
@@ -323,8 +324,9 @@ class SparseCode(torch.autograd.Function):
         pattern = csr(row, col, torch.zeros_like(f), len(x), len(W_dec))
         grad_f = grad_f + torch.sparse.sampled_addmm(pattern, grad_out, W_dec.T, beta=0).values()
         at = col.argsort(stable=True)  # the transpose: sorted by column
-        grad_W_dec = csr(col[at], row[at], f[at], len(W_dec), len(x)) @ grad_out
-        grad_W_enc = csr(col[at], row[at], grad_f[at], len(W_dec), len(x)) @ x
+        row, col, f, grad_f = row[at], col[at], f[at], grad_f[at]
+        grad_W_dec = times(csr(col, row, f, len(W_dec), len(x)), grad_out)
+        grad_W_enc = times(csr(col, row, grad_f, len(W_dec), len(x)), x)
         grad_b_enc = grad_f.new_zeros(len(W_dec)).index_add(0, col, grad_f)
         return None, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None
 
@@ -332,6 +334,27 @@ class SparseCode(torch.autograd.Function):
 def csr(row, col, values, n_rows, n_cols):
     starts = torch.searchsorted(row, torch.arange(n_rows + 1, device=row.device))
     return torch.sparse_csr_tensor(starts, col, values, (n_rows, n_cols))
+
+
+def times(sparse, dense):
+    """sparse @ dense, without the zeros that @ writes and copies first: they would cost more than the product."""
+    out = dense.new_empty(len(sparse), dense.shape[1])
+    return torch.addmm(out, sparse, dense, beta=0, out=out)
+
+
+def where_true(mask):
+    """Where a flat mask, of which little is True, is so: found eight at a time, each eight being one int64."""
+    if len(mask) % 8:
+        return mask.nonzero().flatten()
+    eights = mask.view(torch.int64).nonzero().flatten()
+    i, j = mask.view(-1, 8)[eights].nonzero().T
+    return eights[i] * 8 + j
+
+
+def unroll(columns):
+    """(row, col) of the entries whose columns are listed row by row in [n_rows, n], sorted."""
+    rows = torch.arange(len(columns), device=columns.device).repeat_interleave(columns.shape[1])
+    return rows, columns.sort(dim=1).values.flatten()
 
 
 def largest(score, n):
@@ -355,7 +378,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     in batchtopk's inference (eval mode), so that a token's code does not depend on its batch.
     """
 
-    rows_at_once = 256  # few enough that their pre-activations are picked from while in cache
+    rows_at_once = 512  # few enough that their pre-activations are picked from while in cache
 
     def __init__(self, n_models: int, d_model: int, d_hidden: int, variant: str = "batchtopk", k: int = 32):
         super().__init__()
@@ -372,14 +395,14 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         """[d_hidden]: sum over the models of the norms of a latent's decoder vectors."""
         return self.W_dec.norm(dim=-1).sum(1)
 
-    def pre_activations(self, x):
-        """[batch, n_models * d_model], scaled -> [batch, d_hidden], float32; on CUDA the product is in bfloat16."""
+    def product(self, x):
+        """Scaled x [batch, n_models * d_model] -> x @ W_enc.T [batch, d_hidden], on CUDA computed in bfloat16."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            return F.linear(x, self.W_enc.flatten(1), self.b_enc).float()
+            return (x @ self.W_enc.flatten(1).T).to(x.dtype)
 
     def encode(self, x):
         """Raw activations [batch, n_models, d_model] -> latent activations f [batch, d_hidden]."""
-        f = F.relu(self.pre_activations((x * self.scale[:, None]).flatten(1)))
+        f = F.relu(self.product((x * self.scale[:, None]).flatten(1)) + self.b_enc)
         score = f * self.decoder_norm()
         if self.variant == "topk":
             top = score.topk(self.k, dim=1).indices
@@ -410,50 +433,52 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         return self.losses(x, **training) if training else self.decode(self.encode(x))
 
     @torch.no_grad()
-    def pick(self, pre_of, n_rows, norm, dead, k_aux, sparse):
+    def pick(self, product_of, n_rows, norm, dead, k_aux, sparse):
         """
         The active latents of a batch as (row, col, f), each [n], and for the auxiliary loss, alike, the k_aux of the
-        latents `dead` with the largest pre-activations in each row. pre_of(i, j) gives the pre-activations of rows
-        i to j, a few at a time, so that [batch, d_hidden] is never needed whole.
+        latents `dead` with the largest pre-activations in each row. product_of(i, j) gives x @ W_enc.T for rows i to
+        j, a few at a time, so that [batch, d_hidden] is never needed whole.
 
         batchtopk keeps the k * batch largest scores of all processes' rows without sorting all: what is under 0.9 of
         the last step's smallest is passed over at first, and looked at again if too few are left. So the set is
         that of a full sort, whatever the last step's was.
         """
 
-        def scan(bound):
-            active, aux = [], []
+        def scan(cut):
+            # a hair lower, as product > cut / norm - b_enc and (product + b_enc) * norm > cut round differently
+            bound, active, aux = 0.9999 * cut / norm - self.b_enc, [], []
             for start in range(0, n_rows, self.rows_at_once):
-                pre = pre_of(start, start + self.rows_at_once)
+                product = product_of(start, start + self.rows_at_once)
+                entries = lambda row, col: (start + row, col, product[row, col] + self.b_enc[col])  # noqa: B023
                 if self.variant == "topk":
-                    top = (pre * norm).topk(self.k, dim=1).indices.sort(dim=1).values
-                    row, at = (pre.gather(1, top) > 0).nonzero().T
-                    col = top[row, at]
+                    score = torch.addcmul(self.b_enc * norm, product, norm)
+                    active.append(entries(*unroll(score.topk(self.k, dim=1).indices)))
                 else:
-                    row, col = (pre > bound).nonzero().T
-                active.append((start + row, col, pre[row, col]))
+                    at = where_true((product > bound).flatten())
+                    active.append(entries(at // len(norm), at % len(norm)))
                 if len(dead):
-                    col = dead[
-                        pre[:, dead].topk(min(k_aux, len(dead)), dim=1).indices.sort(dim=1).values
-                    ].flatten()
-                    row = torch.arange(len(pre), device=pre.device).repeat_interleave(len(col) // len(pre))
-                    aux.append((start + row, col, pre[row, col]))
+                    best = (product[:, dead] + self.b_enc[dead]).topk(min(k_aux, len(dead)), dim=1).indices
+                    aux.append(entries(*unroll(dead[best])))
             return [[torch.cat(column) for column in zip(*parts)] for parts in (active, aux)]
 
-        if self.variant != "batchtopk":
-            return scan(0 if sparse else math.inf)  # dense vanilla needs no list of half of all latents
-        n_keep, guess = self.k * n_rows * world()[1], self.last_smallest
-        if guess is None:
-            some = (pre_of(0, 32) * norm).flatten()
-            guess = some.topk(min(self.k * 32, len(some))).values[-1].clamp_min(0)
-            guess = all_reduce(guess, dist.ReduceOp.MIN)
-        for cut in (0.9 * guess, 0.5 * guess, 0 * guess):
-            # the bound is a hair lower, as f > cut / norm and f * norm > cut round differently
-            (row, col, f), aux = scan(0.9999 * cut / norm)
-            score = f * norm[col]
-            if all_reduce((score > cut).sum()) >= n_keep:
-                break
-        keep, self.last_smallest = largest(score, n_keep)
+        if self.variant == "vanilla":
+            return scan(0 if sparse else math.inf)  # the dense step needs no list of half of all latents
+        if self.variant == "topk":
+            (row, col, f), aux = scan(0)
+            keep = f > 0
+        else:
+            n_keep, guess = self.k * n_rows * world()[1], self.last_smallest
+            if guess is None:
+                some = ((product_of(0, 32) + self.b_enc) * norm).flatten()
+                guess = some.topk(min(self.k * 32, len(some))).values[-1].clamp_min(0)
+                guess = all_reduce(guess, dist.ReduceOp.MIN)
+            for cut in (0.9 * guess, 0.5 * guess, 0 * guess):
+                (row, col, f), aux = scan(cut)
+                score = f * norm[col]
+                if all_reduce((score > cut).sum()) >= n_keep:
+                    break
+            keep, self.last_smallest = largest(score, n_keep)
+        keep = keep.nonzero().flatten()
         return (row[keep], col[keep], f[keep]), aux
 
     def losses(self, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead=(), sparse=True):
@@ -462,37 +487,41 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         means over the batch of sums over the rest, of scaled activations. l2 + l1_coeff * l1 (vanilla) or l2;
         + aux_coeff * aux, in which the latents `dead` [n_dead] reconstruct what x_hat lacks.
         """
-        x = x * self.scale[:, None]
-        flat, W_enc, W_dec, norm = (
-            x.flatten(1),
-            self.W_enc.flatten(1),
-            self.W_dec.flatten(1),
-            self.decoder_norm(),
-        )
-        pre = None if sparse else self.pre_activations(flat)
-        pre_of = lambda i, j: self.pre_activations(flat[i:j]) if sparse else pre[i:j]
-        (row, col, f), aux = self.pick(pre_of, len(x), norm.detach(), dead, k_aux, sparse)
+        x = (x * self.scale[:, None]).flatten(1)
+        W_enc, W_dec, norm = self.W_enc.flatten(1), self.W_dec.flatten(1), self.decoder_norm()
+        product = None if sparse else self.product(x)
+        product_of = lambda i, j: self.product(x[i:j]) if sparse else product[i:j]
+        (row, col, f), aux = self.pick(product_of, len(x), norm.detach(), dead, k_aux, sparse)
         if sparse:
-            f, out = SparseCode.apply(flat, W_enc, self.b_enc, W_dec, row, col, f)
-            l1_loss, l0_loss = f @ norm[col] / len(x), torch.tensor(len(f) / len(x))
+            n = len(f)
+            if len(
+                dead
+            ):  # as further rows of the same product, for one gradient of each weight instead of two
+                row, col, f = (torch.cat(pair) for pair in zip((row, col, f), (len(x) + aux[0], *aux[1:])))
+            all_x = x.repeat(2, 1) if len(dead) else x
+            f, out = SparseCode.apply(all_x, W_enc, self.b_enc, W_dec, row, col, f)
+            (out, *error_hat), f, col = out.split(len(x)), f[:n], col[:n]
+            l1_loss, l0_loss = f @ norm[col] / len(x), torch.tensor(n / len(x))
             fired = torch.zeros_like(norm, dtype=torch.bool).index_fill(0, col, True)
         else:
-            f = F.relu(pre)
+            f = F.relu(product + self.b_enc)
             if self.variant != "vanilla":
                 f = torch.zeros_like(f).index_put((row, col), f[row, col])
             out, l1_loss, active = f @ W_dec, (f @ norm).mean(), f > 0
             l0_loss, fired = active.sum() / len(x), active.any(0)
-        x_hat = out.view_as(x) + self.b_dec
-        l2_loss = (x - x_hat).square().sum() / len(x)
+            error_hat = [SparseCode.apply(x, W_enc, self.b_enc, W_dec, *aux)[1]] if len(dead) else []
+        x_hat = out + self.b_dec.flatten()
+        l2_loss = F.mse_loss(x_hat, x, reduction="sum") / len(x)
         loss = l2_loss + l1_coeff * l1_loss if self.variant == "vanilla" else l2_loss
         aux_loss = torch.zeros_like(l2_loss)
-        if len(dead):
-            error = (x - x_hat).detach().flatten(1)
-            error_hat = SparseCode.apply(flat, W_enc, self.b_enc, W_dec, *aux)[1]
-            aux_loss = (error - error_hat).square().sum() / len(x) * min(len(dead) / k_aux, 1)
+        if error_hat:
+            aux_loss = F.mse_loss(error_hat[0], (x - x_hat).detach(), reduction="sum") / len(x)
+            aux_loss = aux_loss * min(len(dead) / k_aux, 1)
             loss = loss + aux_coeff * aux_loss
         parts = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss, aux_loss=aux_loss)
-        return parts | dict(fired=fired, x=x, x_hat=x_hat)
+        return parts | dict(
+            fired=fired, x=x.unflatten(1, self.b_dec.shape), x_hat=x_hat.unflatten(1, self.b_dec.shape)
+        )
 
 
 # --- Measures --------------------------------------------------------------------------------------------------
@@ -500,8 +529,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
 def moments(x, x_hat):
     """What explained_variance needs of [batch, n_models, d_model]; those of several batches can be added up."""
-    x, x_hat = x.detach().double(), x_hat.detach().double()
-    error, square = (x - x_hat).square().sum((0, 2)), x.square().sum((0, 2))
+    error, square = ((y.detach().norm(dim=-1).double() ** 2).sum(0) for y in (x - x_hat, x))
     return torch.cat([torch.stack([error, square, torch.full_like(error, len(x))], dim=1), x.sum(0)], dim=1)
 
 
@@ -509,10 +537,10 @@ def explained_variance(moments):
     """1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, overall and per model: a ratio of sums over all rows."""
     error, square, rows = moments[:, :3].T
     variance = square - moments[:, 3:].square().sum(1) / rows
-    each = dict(
-        zip(("explained_variance_" + letter for letter in "ABCDEFGH"), (1 - error / variance).tolist())
-    )
-    return dict(explained_variance=(1 - error.sum() / variance.sum()).item()) | each
+    each = {
+        f"explained_variance_{name}": 1 - (e / v).item() for name, e, v in zip("ABCDEFGH", error, variance)
+    }
+    return dict(explained_variance=1 - (error.sum() / variance.sum()).item()) | each
 
 
 @torch.no_grad()
@@ -538,7 +566,7 @@ def product_seconds(model, n_rows):
     for _ in range(4):
         start = time.perf_counter()
         with torch.no_grad():
-            model.pre_activations(x)[0, 0].item()  # .item() waits for the device
+            model.product(x)[0, 0].item()  # .item() waits for the device
         seconds.append(time.perf_counter() - start)
     return sorted(seconds[1:])[1]
 
@@ -618,17 +646,27 @@ class Log:
         self.wandb.log(row, step=step)
 
 
+def keep_freed_memory():
+    """Tells glibc to reuse what a step frees for the next one, instead of having the kernel clear new pages for it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
+    mallopt(-4, 0)  # M_MMAP_MAX
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def train(config, checkpoint=None):
     """Trains by the config, from the checkpoint if one is given, and returns the crosscoder, in eval mode."""
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
     auto_device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto_device if config["device"] == "auto" else config["device"])
     torch.backends.cuda.matmul.allow_tf32 = True
+    if sys.platform == "linux" and device.type == "cpu":
+        keep_freed_memory()
     if "LOCAL_RANK" in os.environ:  # torchrun
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     is_main = world()[0] == 0
     config = resolve(config)
     torch.manual_seed(config["seed"])
@@ -751,7 +789,7 @@ def main(argv):
         for key in ("data", "variant", "d_hidden", "seed"):
             if given.get(key, defaults[key]) != defaults[key]:
                 fail(f"--{key}={given[key]}: this run has {defaults[key]}, and resuming cannot change it")
-    train(defaults | given, checkpoint)
+    return train(defaults | given, checkpoint)
 
 
 if __name__ == "__main__":

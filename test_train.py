@@ -1,0 +1,704 @@
+"""pytest test_train.py: needs no network, no GPU and about three minutes on two cores."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a name that is not there fails at once
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, load_from_disk
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+import collect
+import train
+
+HERE = Path(__file__).parent
+VARIANTS = ["vanilla", "topk", "batchtopk"]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+def run(*args):
+    """train.py in this process, small and quiet."""
+    small = "--wandb_mode=disabled --batch_size=64 --d_hidden=48 --k=4 --val_tokens=64 --log_every=5".split()
+    given = {arg.split("=")[0] for arg in args}
+    return train.main([arg for arg in small if arg.split("=")[0] not in given] + list(args))
+
+
+def error_of(capsys, function, *args):
+    """The line on stderr with which it ended, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        function(*args)
+    assert end.value.code == 2
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line
+    ]  # no progress bars
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_store(path, x, **columns):
+    """x [n_models, rows, d_model], numpy."""
+    n = x.shape[1]
+    index = dict(token=np.arange(n, dtype=np.int32)) | columns
+    for name, part in zip(("base", "finetuned"), x):
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), part.shape[1])
+        Dataset(pa.table(dict(activation=flat) | index)).save_to_disk(f"{path}/{name}")
+
+
+def random_store(path, rows=500, d=16, **columns):
+    x = np.random.default_rng(0).standard_normal((2, rows, d)).astype(np.float16) * 3
+    write_store(path, x, **columns)
+    return x
+
+
+# --- Mathematics ----------------------------------------------------------------------------------------------
+
+
+def crosscoder(variant, d_hidden=40, k=3, n_models=2, d_model=8):
+    """A crosscoder in float64 with nothing left at 0 or 1, and latents of different decoder norms."""
+    model = train.CrossCoder(n_models, d_model, d_hidden, variant, k).double()
+    with torch.no_grad():
+        model.W_dec.mul_(torch.rand(d_hidden, 1, 1) + 0.5)
+        model.W_enc.add_(0.1 * torch.randn_like(model.W_enc))
+        model.b_enc.copy_(0.1 * torch.randn(d_hidden) - 0.5)
+        model.b_dec.copy_(torch.randn(n_models, d_model))
+        model.scale.copy_(torch.tensor([0.5, 2.0, 1.3])[:n_models])
+    return model
+
+
+def plain_losses(model, x, l1_coeff, aux_coeff, k_aux, dead):
+    """The losses written out densely, with full sorts and plain autograd."""
+    x = x * model.scale[:, None]
+    norm = model.W_dec.norm(dim=2).sum(1)
+    pre = torch.einsum("bmd,hmd->bh", x, model.W_enc) + model.b_enc
+    f = F.relu(pre)
+    score = (f * norm).detach()
+    if model.variant == "topk":
+        f = f * torch.zeros_like(f).scatter(1, score.sort(dim=1, descending=True).indices[:, : model.k], 1.0)
+    if model.variant == "batchtopk":
+        order = score.flatten().sort(descending=True, stable=True).indices[: model.k * len(x)]
+        f = f * torch.zeros(f.numel(), dtype=f.dtype).scatter(0, order, 1.0).view_as(f)
+    x_hat = torch.einsum("bh,hmd->bmd", f, model.W_dec) + model.b_dec
+    l2 = (x - x_hat).pow(2).sum((1, 2)).mean()
+    l1 = (f * norm).sum(1).mean()
+    loss = l2 + (l1_coeff * l1 if model.variant == "vanilla" else 0)
+    aux = torch.zeros(())
+    if len(dead):
+        best = pre[:, dead].sort(dim=1, descending=True).indices[:, :k_aux]
+        code = pre[:, dead] * torch.zeros(len(x), len(dead), dtype=x.dtype).scatter(1, best, 1.0)
+        e_hat = torch.einsum("bh,hmd->bmd", code, model.W_dec[dead])
+        aux = ((x - x_hat).detach() - e_hat).pow(2).sum((1, 2)).mean() * min(len(dead) / k_aux, 1)
+        loss = loss + aux_coeff * aux
+    return dict(loss=loss, l2_loss=l2, l1_loss=l1, aux_loss=aux, l0_loss=(f > 0).sum(1).double().mean(), f=f)
+
+
+def test_losses_of_one_token_by_hand():
+    model = train.CrossCoder(2, 1, 2, "vanilla").double()
+    with torch.no_grad():
+        model.W_enc.copy_(torch.tensor([[[1.0], [1.0]], [[-1.0], [0.0]]]))
+        model.W_dec.copy_(torch.tensor([[[0.5], [-1.0]], [[3.0], [4.0]]]))
+        model.b_enc.copy_(torch.tensor([-1.0, 0.0]))
+        model.b_dec.copy_(torch.tensor([[0.5], [0.0]]))
+    # pre = (2 + 1 - 1, -2), so f = (2, 0); x_hat = 2 * (0.5, -1) + (0.5, 0) = (1.5, -2); norm = (1.5, 7)
+    losses = model.losses(torch.tensor([[[2.0], [1.0]]]).double(), l1_coeff=10.0)
+    assert losses["l2_loss"].item() == 0.5**2 + 3**2
+    assert losses["l1_loss"].item() == 2 * 1.5
+    assert losses["l0_loss"].item() == 1
+    assert losses["loss"].item() == 9.25 + 10 * 3
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("n_dead", [0, 3, 12])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_gradients_equal_plain_dense_autograd(variant, n_dead, sparse):
+    model, x = crosscoder(variant), torch.randn(21, 2, 8).double()
+    x[4] = 0  # a row in which no latent is active
+    x[7] = x[6]  # ties
+    dead = torch.randperm(40)[:n_dead].sort().values
+    options = dict(l1_coeff=0.7, aux_coeff=0.3, k_aux=5, dead=dead)
+    expected = plain_losses(model, x, **options)
+    assert not expected["f"][4].any()
+    expected["loss"].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.rows_at_once = 8  # so that the last rows are fewer
+    losses = model.losses(x, **options, sparse=sparse)
+    for name in ("loss", "l2_loss", "l1_loss", "aux_loss", "l0_loss"):
+        assert losses[name].item() == pytest.approx(
+            expected[name].item(), rel=1e-6 if name == "l0_loss" else 1e-12
+        )
+    assert torch.equal(losses["fired"], (expected["f"] > 0).any(0))
+    losses["loss"].backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_are_right_for_three_models():
+    model, x = crosscoder("batchtopk", n_models=3), torch.randn(10, 3, 8).double()
+    expected = plain_losses(model, x, 0, 0, 1, [])
+    expected["loss"].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.losses(x)["loss"].backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-10, atol=1e-12)
+
+
+def picked(model, x, guess):
+    model.last_smallest = guess
+    flat = (x * model.scale[:, None]).flatten(1)
+    product_of = lambda i, j: model.product(flat[i:j])
+    norm = model.decoder_norm().detach()
+    return model.pick(product_of, len(x), norm, torch.empty(0, dtype=torch.long), 1, True)[0]
+
+
+@pytest.mark.parametrize("guess", [None, 0.0, 1e-3, 1.0, 50.0, 1e9])
+def test_batchtopk_keeps_the_largest_of_the_batch_whatever_the_guess(guess):
+    model, x = crosscoder("batchtopk").float(), torch.randn(100, 2, 8)
+    row, col, f = picked(model, x, None if guess is None else torch.tensor(guess))
+    assert len(f) == 3 * 100 and (f > 0).all()
+    expected = plain_losses(model, x, 0, 0, 1, [])["f"]
+    assert torch.equal(
+        torch.zeros_like(expected).index_put((row, col), torch.ones(len(f))), (expected > 0).float()
+    )
+    torch.testing.assert_close(expected[row, col], f)
+
+
+def test_batchtopk_keeps_exactly_k_per_row_on_average_with_ties():
+    model, x = crosscoder("batchtopk").float(), torch.randn(1, 2, 8).repeat(50, 1, 1)  # all rows alike
+    assert len(picked(model, x, None)[2]) == 3 * 50
+
+
+def test_batchtopk_keeps_all_positive_ones_when_they_are_too_few():
+    model, x = crosscoder("batchtopk", k=30).float(), torch.randn(20, 2, 8)
+    pre = torch.einsum("bmd,hmd->bh", x * model.scale[:, None], model.W_enc) + model.b_enc
+    row, col, f = picked(model, x, torch.tensor(5.0))
+    assert len(f) == (pre > 0).sum() < 30 * 20
+
+
+def test_topk_keeps_k_of_each_row_in_both_modes():
+    model, x = crosscoder("topk"), torch.randn(50, 2, 8).double() + 3
+    assert torch.equal(model.train().encode(x), model.eval().encode(x))
+    positive = F.relu(model.product((x * model.scale[:, None]).flatten(1)) + model.b_enc) > 0
+    assert torch.equal((model.encode(x) > 0).sum(1), positive.sum(1).clamp(max=3))
+
+
+def test_threshold_starts_at_the_first_smallest_score_and_then_moves_slowly_to_the_later_ones():
+    model = crosscoder("batchtopk")
+    for x in (torch.randn(64, 2, 8).double(), 3 * torch.randn(64, 2, 8).double()):
+        f = plain_losses(model, x, 0, 0, 1, [])["f"]
+        smallest, before = (f * model.decoder_norm())[f > 0].min().item(), model.threshold.item()
+        model.losses(x)
+        model.update_threshold()
+        expected = smallest if before == 0 else before + 0.02 * (smallest - before)
+        assert model.threshold.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_inference_of_batchtopk_keeps_what_is_over_the_threshold_and_does_not_depend_on_the_batch():
+    model, x = crosscoder("batchtopk").eval(), torch.randn(30, 2, 8).double()
+    model.threshold.fill_(0.8)
+    f = model.encode(x)
+    score = F.relu(model.product((x * model.scale[:, None]).flatten(1)) + model.b_enc) * model.decoder_norm()
+    assert torch.equal(f > 0, score > 0.8) and 0 < (f > 0).sum() < (score > 0).sum()
+    torch.testing.assert_close(torch.cat([model.encode(row[None]) for row in x]), f)
+
+
+def test_validation_changes_neither_threshold_nor_guess_nor_mode():
+    model = crosscoder("batchtopk").float()
+    model.threshold.fill_(0.5)
+    before = copy.deepcopy(model.state_dict())
+    row, frequency = train.validate(model, torch.randn(100, 2, 8).split(32), 0.0)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.training and model.last_smallest is None
+    assert row["l0_loss"] == pytest.approx(frequency.sum().item())
+
+
+def test_aux_loss_reaches_dead_latents_only_and_negative_pre_activations_too():
+    model, x = crosscoder("topk"), torch.randn(30, 2, 8).double()
+    model.b_enc.data[:] = -100.0  # nothing is active: only aux can have a gradient in the encoder
+    dead = torch.tensor([3, 17])
+    model.losses(x, aux_coeff=1.0, k_aux=8, dead=dead)["loss"].backward()
+    touched = model.W_enc.grad.flatten(1).any(1).nonzero().flatten()
+    assert touched.tolist() == [3, 17]
+    assert model.W_dec.grad.flatten(1).any(1).nonzero().flatten().tolist() == [3, 17]
+    aux_free = copy.deepcopy(model)
+    aux_free.zero_grad()
+    aux_free.losses(x)["loss"].backward()
+    assert torch.equal(model.b_dec.grad, aux_free.b_dec.grad)
+
+
+def test_explained_variance_is_a_ratio_of_sums_and_adds_up_over_batches():
+    x = torch.randn(60, 2, 8) * torch.linspace(0.1, 5, 60)[:, None, None] + 10
+    x_hat = x + 0.3 * torch.randn_like(x)
+    total = sum(train.moments(a, b) for a, b in zip(x.split(25), x_hat.split(25)))
+    row, mean = train.explained_variance(total), x.mean(0)
+    parts = [1 - ((x - x_hat)[:, m] ** 2).sum() / ((x[:, m] - mean[m]) ** 2).sum() for m in (0, 1)]
+    assert row["explained_variance_A"] == pytest.approx(parts[0].item(), rel=1e-4)
+    assert row["explained_variance_B"] == pytest.approx(parts[1].item(), rel=1e-4)
+    whole = 1 - ((x - x_hat) ** 2).sum() / ((x - mean) ** 2).sum()
+    assert row["explained_variance"] == pytest.approx(whole.item(), rel=1e-4)
+
+
+def test_schedules_at_their_corner_steps():
+    config = dict(steps=100, warmup=0.1, decay=0.2)
+    lr = [train.lr_factor(step, config) for step in range(100)]
+    assert lr[0] == pytest.approx(0.1) and lr[8] == pytest.approx(0.9) and lr[9] == 1
+    assert lr[80] == 1 and lr[81] == pytest.approx(0.95) and lr[99] == pytest.approx(0.05)
+    assert train.lr_factor(100, config) == 0
+    assert [train.warmup_factor(step, config) for step in (0, 9, 99)] == [0.1, 1, 1]
+    assert train.lr_factor(0, dict(steps=3, warmup=0.0, decay=0.0)) == 1
+
+
+def test_raw_activations_go_in_and_come_out():
+    model, x = crosscoder("vanilla"), torch.randn(9, 2, 8).double()
+    losses = model.losses(x)
+    torch.testing.assert_close(model(x) * model.scale[:, None], losses["x_hat"])
+    torch.testing.assert_close(losses["x"], x * model.scale[:, None])
+
+
+# --- Toy ------------------------------------------------------------------------------------------------------
+
+
+def test_toy_is_a_function_of_seed_and_step_with_the_frequencies_it_says():
+    config = dict(seed=3, batch_size=32, val_tokens=64)
+    toy = train.Toy(config)
+    assert torch.equal(toy.batch(5), train.Toy(config).batch(5))
+    assert not torch.equal(toy.batch(5), toy.batch(6))
+    assert not torch.equal(toy.batch(5), train.Toy(config | dict(seed=4)).batch(5))
+    assert toy.frequency.sum().item() == pytest.approx(28, rel=1e-4) and toy.frequency.max() < 1
+    mean_norm = (toy.rows(9, 8192) * toy.scale[:, None]).norm(dim=-1).mean(0)
+    torch.testing.assert_close(mean_norm, torch.full((2,), toy.d_model**0.5), rtol=0.01, atol=0)
+
+
+def test_toy_score_counts_what_a_perfect_and_a_spoilt_dictionary_recover():
+    toy = train.Toy(dict(seed=0))
+    model = train.CrossCoder(2, toy.d_model, 256, k=28)
+    model.W_dec.data.copy_(toy.directions)
+    alive = torch.full((256,), 28 / 256)
+    score = list(toy.score(model, alive))
+    assert [line.split()[1] for line in score[:3]] == ["192", "32", "32"] and score[3].startswith("0 of 64")
+    model.W_dec.data[200] = torch.stack([torch.randn(toy.d_model), torch.zeros(toy.d_model)])  # a false one
+    alive[0] = 0
+    score = list(toy.score(model, alive))
+    assert [line.split()[1] for line in score[:3]] == ["191", "31", "32"] and score[3].startswith("1 of 64")
+    assert any("far from" in line for line in toy.score(model, alive / 5))
+
+
+# --- Loader ---------------------------------------------------------------------------------------------------
+
+
+def store_config(**changes):
+    return dict(data="acts", seed=0, batch_size=32, val_tokens=50) | changes
+
+
+def test_every_row_comes_once_an_epoch_and_held_out_rows_never():
+    x = random_store("acts", rows=1250)  # more than one chunk of the file
+    x[:, :, 0] = np.arange(1250)
+    write_store("acts", x)
+    store = train.Store(store_config())
+    rows = torch.cat([store.batch(step)[:, :, 0] for step in range(75)])  # 2 epochs of 1200
+    assert torch.equal(rows[:, 0], rows[:, 1])
+    first, second = rows[:1200, 0], rows[1200:, 0]
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(1200))
+    assert not torch.equal(first, second)
+    assert torch.cat(list(store.validation()))[:, 0, 0].tolist() == list(range(1200, 1250))
+
+
+def test_a_batch_is_a_function_of_seed_and_step_even_across_epochs():
+    random_store("acts")
+    one, other = train.Store(store_config()), train.Store(store_config())
+    [one.batch(step) for step in range(30)]
+    assert all(torch.equal(one.batch(step), other.batch(step)) for step in (29, 14, 13, 0))
+    assert not torch.equal(one.batch(0), train.Store(store_config(seed=1)).batch(0))
+    assert all(len(one.batch(step)) == 32 for step in range(30))  # 450 rows are no multiple of 32
+
+
+def test_rows_of_a_store_are_read_as_they_were_written_whatever_their_type():
+    x = np.random.default_rng(0).standard_normal((2, 300, 6))
+    for kind in (np.float16, np.float32, np.float64):
+        write_store(f"acts-{kind.__name__}", x.astype(kind))
+        read = train.Store(store_config(data=f"acts-{kind.__name__}")).read(np.arange(300))
+        assert np.array_equal(read.numpy(), x.astype(kind).astype(np.float32).transpose(1, 0, 2))
+    for name, part in zip(("base", "finetuned"), x):  # made by others: plain lists, no other column
+        Dataset.from_dict(dict(activation=part.tolist())).save_to_disk(f"plain/{name}")
+    store = train.Store(store_config(data="plain"))
+    assert np.allclose(store.read(np.arange(300)).numpy(), x.transpose(1, 0, 2))
+    expected = 6**0.5 / np.linalg.norm(x[:, :250], axis=-1).mean(1)
+    assert np.allclose(store.scale.numpy(), expected, rtol=1e-5)
+
+
+def test_a_store_that_is_not_aligned_is_refused_and_says_where(capsys):
+    x = random_store("acts", doc=np.arange(500, dtype=np.int32))
+    other = np.arange(500, dtype=np.int32)
+    other[123] = 7
+    write_store("other", x, doc=other)
+    Path("acts/finetuned").rename("gone")
+    Path("other/finetuned").rename("acts/finetuned")
+    assert "doc first differs in row 123, 123 in base, 7 in finetuned" in error_of(capsys, run, "--data=acts")
+    write_store("short", x[:, :400])
+    Path("short/base").rename("away")
+    Path("acts/base").rename("short/base")
+    assert "base has 500 rows, finetuned 400" in error_of(capsys, run, "--data=short")
+
+
+def test_prefetched_batches_are_those_of_their_steps():
+    random_store("acts")
+    store = train.Store(store_config())
+    got = list(train.prefetched(store, range(3, 9), torch.device("cpu")))
+    assert [step for step, _ in got] == list(range(3, 9))
+    assert all(torch.equal(x, store.batch(step)) for step, x in got)
+
+
+# --- Training -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant):
+    options = [
+        f"--variant={variant}",
+        "--steps=30",
+        "--dead_after=60",
+        "--aux_coeff=0.03",
+        "--save_every=10",
+    ]
+    run(*options, "--out_dir=whole")
+    checkpoint = torch.load("whole/checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 30 and (checkpoint["since_fired"] > 60).any(), "aux had something to do"
+
+    real_save, train.torch.save = torch.save, None
+    try:
+        train.torch.save = lambda state, path: real_save(state, path) if state["step"] <= 20 else 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            run(*options, "--out_dir=cut")  # dies in the last save, ten steps after the one before
+    finally:
+        train.torch.save = real_save
+    assert torch.load("cut/checkpoint.pt", weights_only=True)["step"] == 20
+    train.main(["--resume=True", "--out_dir=cut"])
+    for part in ("model", "optimizer", "scheduler", "since_fired", "random_state"):
+        a, b = (torch.load(f"{out}/checkpoint.pt", weights_only=True)[part] for out in ("whole", "cut"))
+        assert str(a) == str(b)
+        if part == "model":
+            assert all(torch.equal(a[key], b[key]) for key in a)
+    rows = [(row["step"], row.get("loss"), row.get("val/loss")) for row in metrics("cut")]
+    assert rows == [(row["step"], row.get("loss"), row.get("val/loss")) for row in metrics("whole")]
+
+
+def test_rows_of_metrics_have_the_names_that_others_rely_on():
+    run("--steps=10", "--out_dir=out", "--eval_every=5")
+    train_row, val_row = metrics("out")[0], metrics("out")[1]
+    names = "loss l2_loss l1_loss l0_loss l1_coeff lr explained_variance explained_variance_A explained_variance_B "
+    names += "aux_loss dead_latents threshold grad_norm tokens_per_second tokens step"
+    assert (
+        set(names.split()) <= set(train_row) and train_row["tokens"] == 5 * 64 and train_row["l0_loss"] == 4
+    )
+    assert {"step", "val/loss", "val/l0_loss", "val/explained_variance_B"} <= set(val_row)
+
+
+def test_wandb_offline_writes_its_run_into_the_run_folder():
+    run("--steps=5", "--out_dir=out", "--wandb_mode=offline")
+    assert list(Path("out/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_saved_weights_load_with_from_pretrained_and_take_raw_activations():
+    model = run("--steps=20", "--out_dir=out")
+    loaded, x = train.CrossCoder.from_pretrained("out/crosscoder"), train.Toy(dict(seed=0)).rows(1, 100)
+    assert not loaded.training and loaded.variant == "batchtopk" and loaded.k == 4
+    assert torch.equal(loaded(x), model(x)) and loaded.threshold > 0
+
+
+def test_typing_the_same_command_twice_makes_two_runs_and_a_named_one_is_not_written_over(capsys):
+    run("--steps=2"), run("--steps=2")
+    assert len(list(Path("out").glob("toy-batchtopk-*"))) == 2
+    run("--steps=2", "--out_dir=mine")
+    before = Path("mine/metrics.jsonl").read_bytes()
+    assert "--resume=True" in error_of(capsys, run, "--steps=2", "--out_dir=mine")
+    assert Path("mine/metrics.jsonl").read_bytes() == before
+
+
+# --- Command line ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--k=3.5", "--k"),
+        ("--lr=fast", "--lr"),
+        ("--lr=nan", "--lr"),
+        ("--kk=3", "--k"),
+        ("--d_hiden=3", "--d_hidden"),
+        ("-k", "--k"),
+        ("--k", "--k"),
+        ("--resume=yes", "--resume"),
+        ("--variant=gated", "batchtopk"),
+        ("--k=49", "--d_hidden=48"),
+        ("--steps=0", "at least 1"),
+        ("--data=nowhere", "nowhere"),
+        ("--resume=True", "--out_dir"),
+        ("word", "word"),
+    ],
+)
+def test_a_wrong_argument_gets_one_line_that_names_the_key(capsys, argument, said):
+    assert said in error_of(capsys, run, argument)
+    assert not list(Path().iterdir()), "nothing is made by a run that does not start"
+
+
+def test_numbers_may_be_written_in_their_usual_ways():
+    read = lambda *argv: train.read_command_line(train.config, train.choices, argv, train.__file__)
+    assert read("--steps=1e6", "--lr=1", "--val_tokens=140_000") == dict(
+        steps=1_000_000, lr=1.0, val_tokens=140_000
+    )
+    assert read("--resume=True", "--out_dir=a b=c") == dict(resume=True, out_dir="a b=c")
+
+
+def test_help_prints_every_key_with_its_comment(capsys):
+    for module in (train, collect):
+        with pytest.raises(SystemExit) as end:
+            train.read_command_line(module.config, {}, ["--help"], module.__file__)
+        assert end.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(f"    {key}=" in shown for key in module.config)
+
+
+def test_the_readme_lists_every_key():
+    readme = (HERE / "README.md").read_text()
+    assert all(f"`{key}`" in readme for key in train.config | collect.config)
+
+
+# --- Models ---------------------------------------------------------------------------------------------------
+
+
+def make_pair(folder, kind):
+    """Tiny random models of that architecture, base and finetuned, with a tokenizer, and texts."""
+    words = {f"w{i}": i + 3 for i in range(60)}
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "<unk>": 2} | words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = dict(pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    tokenizer.chat_template = "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}"
+    torch.manual_seed(0)
+    if kind == "llama":
+        size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(vocab_size=63, max_position_embeddings=64, **size)
+        )
+    else:
+        model = AutoModelForCausalLM.from_config(
+            GPT2Config(vocab_size=63, n_positions=64, n_embd=16, n_layer=3, n_head=2)
+        )
+    for name in ("base", "finetuned"):
+        if name == "finetuned":
+            for p in model.parameters():
+                p.data += 0.02 * torch.randn_like(p)
+        model.save_pretrained(f"{folder}/{name}")
+        tokenizer.save_pretrained(f"{folder}/{name}")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in rng.integers(0, 60, rng.integers(3, 50))) for _ in range(120)]
+    Path(f"{folder}/text.jsonl").write_text("\n".join(json.dumps(dict(text=text)) for text in texts))
+    return texts
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    return {kind: (str(folder / kind), make_pair(folder / kind, kind)) for kind in ("llama", "gpt2")}
+
+
+def collect_config(folder, **changes):
+    given = dict(base=f"{folder}/base", finetuned=f"{folder}/finetuned", text=f"{folder}/text.jsonl")
+    small = dict(layer=1, n_tokens=1500, seq_len=32, shuffle_rows=400)
+    return collect.config | given | small | changes
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_end_to_end_two_models_to_a_loaded_crosscoder(pairs, kind):
+    folder, texts = pairs[kind]
+    collect.collect(collect_config(folder))
+    base, finetuned, docs = (load_from_disk(f"acts/{name}") for name in ("base", "finetuned", "docs"))
+    meta = json.loads(Path("acts/meta.json").read_text())
+    assert len(base) == len(finetuned) == meta["tokens"] == 1500 and meta["d_model"] == 16
+
+    # rows are what the models themselves give at that place, of the token that the row names
+    for name, rows in (("base", base), ("finetuned", finetuned)):
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}").eval()
+        for row in rows.select(range(0, 1500, 100)):
+            ids = docs[row["doc"]]["input_ids"]
+            assert ids[row["pos"]] == row["token"] and row["pos"] >= 1 and row["token"] > 2
+            with torch.no_grad():
+                hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0, row["pos"]]
+            torch.testing.assert_close(torch.tensor(row["activation"]), hidden, rtol=2e-3, atol=2e-3)
+        norms = np.linalg.norm(np.array(rows["activation"], dtype=np.float32), axis=1)
+        scale = meta["scale"][0 if name == "base" else 1]
+        assert scale == pytest.approx(16**0.5 / norms.mean(), rel=1e-3), "of exactly the rows that are kept"
+    order = np.array(base["doc"])
+    assert (np.diff(order) != 0).mean() > 0.8, "rows are shuffled"
+
+    run("--data=acts", "--out_dir=out", "--steps=150", "--val_tokens=200", "--k=8", "--eval_every=0")
+    assert metrics("out")[-1]["val/explained_variance"] > 0.5
+    model, store = train.CrossCoder.from_pretrained("out/crosscoder"), train.Store(store_config())
+    x = store.read(np.arange(1300, 1500))
+    assert torch.allclose(model.scale, torch.tensor(meta["scale"]))
+    error = (model(x) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert error < 0.5
+
+
+def test_every_dropped_token_is_counted_by_its_reason_and_an_overflow_is_no_inf(pairs):
+    folder, texts = pairs["llama"]
+    for name in ("base", "finetuned"):
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}")
+        model.model.embed_tokens.weight.data[10] *= 1e9 if name == "finetuned" else 1  # float16 holds 65504
+        model.model.embed_tokens.weight.data[11] *= 1e3 if name == "base" else 1
+        model.save_pretrained(f"spiky/{name}")
+    for name in ("base", "finetuned"):
+        for file in Path(folder, name).glob("*token*"):
+            Path("spiky", name, file.name).write_bytes(file.read_bytes())
+    config = collect_config(folder, base="spiky/base", finetuned="spiky/finetuned", layer=0, n_tokens=10_000)
+    collect.collect(config | dict(skip_positions=2))
+    meta, base = json.loads(Path("acts/meta.json").read_text()), load_from_disk("acts/base")
+    docs = load_from_disk("acts/docs")["input_ids"]
+    everything = [(token, pos) for ids in docs for pos, token in enumerate(ids)]
+    special = [token <= 2 for token, _ in everything]
+    late = [not s and pos >= 2 for s, (_, pos) in zip(special, everything)]
+    dropped = meta["dropped"]
+    assert dropped["special_token"] == sum(special)
+    assert dropped["skipped_position"] == len(everything) - sum(special) - sum(late)
+    assert (
+        dropped["over_float16"] == sum(keep and token == 10 for keep, (token, _) in zip(late, everything)) > 0
+    )
+    assert (
+        dropped["outlier_norm"] >= sum(keep and token == 11 for keep, (token, _) in zip(late, everything)) > 0
+    )
+    assert len(base) == meta["tokens"] == sum(late) - dropped["over_float16"] - dropped["outlier_norm"]
+    assert not {0, 1, 2, 10, 11} & set(base["token"]) and min(base["pos"]) == 2
+    for name in ("base", "finetuned"):
+        assert np.isfinite(np.array(load_from_disk(f"acts/{name}")["activation"])).all()
+
+
+def test_activations_stop_early_and_work_for_any_module_even_one_that_returns_a_tuple(pairs):
+    folder, _ = pairs["gpt2"]
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/base").eval()
+    seen, later = {}, []
+    model.transformer.h[1].attn.register_forward_hook(lambda module, args, out: seen.update(attn=out[0]))
+    model.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: seen.update(mlp=out))
+    model.transformer.h[2].register_forward_hook(lambda *_: later.append(1))
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with torch.no_grad():
+        model(ids, attention_mask=mask)
+    expected, wrapped = dict(seen), collect.NNsight(model)
+    later.clear()
+    for path, name in (("transformer.h.1.attn", "attn"), ("transformer.h.1.mlp", "mlp")):
+        assert torch.equal(collect.activations(wrapped, path, ids, mask), expected[name])
+    assert not later
+
+
+def test_texts_come_from_every_kind_of_source(pairs):
+    folder, texts = pairs["llama"]
+    tokenizer = collect.load("base", collect_config(folder))[1]
+    read = lambda text, **changes: list(
+        collect.read_texts(collect_config(folder, text=text, **changes), tokenizer)
+    )
+    expected = [(i, text, False) for i, text in enumerate(texts[:3])]
+    Path("a.txt").write_text("\n\n".join(texts[:3]))
+    Dataset.from_dict(dict(text=texts[:3])).save_to_disk("saved")
+    Dataset.from_dict(dict(story=texts[:3])).to_parquet("a.parquet")
+    assert [(i, text.strip(), chat) for i, text, chat in read("a.txt")] == expected
+    assert read("saved") == read("a.parquet", text_column="story") == expected
+    chat = [[dict(role="user", content="w1 w2"), dict(role="assistant", content="w3")]]
+    Dataset.from_dict(dict(messages=chat)).to_json("chat.jsonl")
+    assert read("chat.jsonl") == [(0, "<s> w1 w2 <s> w3 ", True)]
+    assert collect.tokenize(tokenizer, read("chat.jsonl"), 4) == [(0, [1, 4, 5, 1]), (0, [6])]
+    assert collect.tokenize(tokenizer, [(7, "w0 w1 w2 w3 w4", False)], 4) == [
+        (7, [1, 3, 4, 5]),
+        (7, [1, 6, 7]),
+    ]
+
+
+def test_a_stream_trains_and_its_batches_are_rows_of_both_models(pairs):
+    folder, _ = pairs["llama"]
+    given = [f"--{key}={folder}/{key}" for key in ("base", "finetuned")] + [f"--text={folder}/text.jsonl"]
+    options = ["--layer=1", "--seq_len=32", "--shuffle_rows=500", "--skip_positions=1", "--max_norm_ratio=10"]
+    run("--data=stream", "--out_dir=out", "--steps=60", "--k=8", *given, *options)
+    rows = [row for row in metrics("out") if "loss" in row]
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    collect.collect(collect_config(folder, n_tokens=10_000))
+    stored = {tuple(row) for row in load_from_disk("acts/finetuned")["activation"]}
+    stream = collect.Stream(collect_config(folder, batch_size=64, val_tokens=10))
+    for step in range(20):
+        x = stream.batch(step)
+        assert x.shape == (64, 2, 16) and {tuple(row) for row in x[:, 1].tolist()} <= stored
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(layer=3), "3 layers"),
+        (dict(hook="model.layers.1.mpl"), "model.layers.1.mlp"),
+        (dict(base="no-such-org/no-such-model"), "--base=no-such-org/no-such-model"),
+        (dict(text="no-such-org/no-such-text"), "--text=no-such-org/no-such-text"),
+        (dict(text="empty.txt"), "empty.txt"),
+        (dict(text="special.jsonl"), "no token"),
+        (dict(text_column="story"), "story"),
+        (dict(base=""), "--base"),
+        (dict(n_tokens=10**14), "GB"),
+        (dict(out_dir="."), "exists"),
+    ],
+)
+def test_collecting_the_impossible_gets_one_line_and_leaves_nothing(pairs, capfd, changes, said):
+    Path("empty.txt").write_text("")
+    Path("special.jsonl").write_text('{"text": "<s>"}')
+    before = set(Path().iterdir())
+    with pytest.raises(SystemExit) as end:
+        collect.collect(collect_config(pairs["llama"][0], **changes))
+    assert end.value.code == 2 and said in capfd.readouterr().err.strip().splitlines()[-1]
+    assert set(Path().iterdir()) == before
+
+
+def test_models_with_different_vocabularies_are_refused_with_an_example(pairs, capsys):
+    folder = pairs["llama"][0]
+    for file in Path(folder, "base").iterdir():
+        Path("other").mkdir(exist_ok=True)
+        Path("other", file.name).write_bytes(file.read_bytes())
+    tokens = json.loads(Path("other/tokenizer.json").read_text())
+    vocab = tokens["model"]["vocab"]
+    vocab["w1"], vocab["w2"] = vocab["w2"], vocab["w1"]
+    Path("other/tokenizer.json").write_text(json.dumps(tokens))
+    assert "different vocabularies: text 0" in error_of(
+        capsys, collect.collect, collect_config(folder, base="other")
+    )
+
+
+def test_the_scripts_run_from_another_folder_by_themselves(pairs):
+    for name in ("train.py", "collect.py"):
+        Path(name).write_bytes((HERE / name).read_bytes())
+    folder = pairs["gpt2"][0]
+    given = [f"--{key}={folder}/{key}" for key in ("base", "finetuned")] + [f"--text={folder}/text.jsonl"]
+    commands = (
+        ["collect.py", "--layer=1", "--n_tokens=1e3", "--seq_len=32", *given],
+        ["train.py", "--data=acts"],
+    )
+    small = ["--steps=20", "--batch_size=64", "--d_hidden=64", "--k=8", "--val_tokens=100", "--variant=topk"]
+    for command in (commands[0], commands[1] + small):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "explained_variance" in done.stdout and list(
+        Path("out").glob("acts-topk-*/crosscoder/model.safetensors")
+    )
