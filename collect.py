@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train import all_reduce, check_ranges, fail, read_command_line, world, write_atomically
+from train import all_reduce, fail, find_device, read_command_line, require, world, write_atomically
 
 # --- Config ---------------------------------------------------------------------------------------------------
 
@@ -62,10 +62,6 @@ config = dict(
     seed=0,
 )
 choices = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
-at_least = {
-    1: ["n_tokens", "seq_len", "texts_per_batch", "shuffle_rows", "max_norm_ratio"],
-    0: ["skip_positions", "layer", "seed"],
-}
 
 # --- Models ---------------------------------------------------------------------------------------------------
 
@@ -171,8 +167,11 @@ class Harvest:
 
     def __init__(self, config):
         self.config, self.dropped = config, Counter()
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(auto if config["device"] == "auto" else config["device"])
+        require(config, "n_tokens seq_len texts_per_batch shuffle_rows max_norm_ratio")
+        for key in ("base", "finetuned", "text"):
+            if not config[key]:
+                fail(f"--{key} is missing: expected a path or a hub name")
+        self.device = find_device(config["device"])
         (base, base_tokenizer), (finetuned, self.tokenizer) = load("base", config), load("finetuned", config)
         self.hooks = [find_hook(model, config) for model in (base, finetuned)]
         self.models = [NNsight(model.to(self.device)) for model in (base, finetuned)]
@@ -326,10 +325,6 @@ def collect(config):
     if "LOCAL_RANK" in os.environ:  # torchrun
         dist.init_process_group("gloo")
     (rank, n_processes), out = world(), Path(config["out_dir"])
-    check_ranges(config, at_least)
-    for key in ("base", "finetuned", "text"):
-        if not config[key]:
-            fail(f"--{key} is missing: expected a path or a hub name")
     if out.exists():
         fail(f"--out_dir={out} exists already: give another name")
     building, same = out.with_name(out.name + ".building"), config | dict(processes=n_processes)

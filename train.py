@@ -1,13 +1,13 @@
 """
 Trains a CrossCoder: one sparse dictionary over the activations of a base model (A) and of the model fine-tuned
-from it (B). Each latent has one decoder vector per model; where that is nearly zero in one, the other has it alone.
+from it (B). Each latent has a decoder vector per model; where it is nearly 0 in one, the other has it alone.
 
-    python train.py --variant=batchtopk --k=32              # a toy with planted truth: no input, ends with a score
+    python train.py --variant=batchtopk --k=32              # a toy with planted truth; ends with a score
     python train.py --data=acts --d_hidden=16384            # a store of activations, written by collect.py
     torchrun --standalone --nproc_per_node=2 train.py ...   # the same over several processes
 
-Crosscoders: Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders. BatchTopK: Bussmann et al. 2024, arXiv
-2412.06410. Auxiliary loss: Gao et al. 2024, arXiv 2406.04093. --key=value sets any key of the config below.
+Crosscoders: Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders. BatchTopK: Bussmann et al. 2024,
+arXiv 2412.06410. Auxiliary loss: Gao et al. 2024, arXiv 2406.04093. --key=value sets any key of the config.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from torch import nn
 config = dict(
     # I/O
     out_dir="",  # folder of the run; empty makes a new one, out/DATA-VARIANT-TIME
-    resume=False,  # go on from out_dir's checkpoint with its config; keys given beside it override that
+    resume=False,  # go on from out_dir's checkpoint, with its config and what is given beside it
     save_every=500,  # steps between checkpoints; 0: only at the end
     # logging
     log_every=50,  # steps between rows of metrics
@@ -77,10 +77,6 @@ choices = dict(
     wandb_mode=["offline", "online", "disabled"],
     sparse=["auto", "True", "False"],
 )
-at_least = {
-    1: ["steps", "batch_size", "d_hidden", "k", "k_aux", "log_every"],
-    0: ["seed", "save_every", "eval_every", "val_tokens", "dead_after", "lr", "l1_coeff", "warmup", "decay"],
-}
 
 
 def fail(message):
@@ -90,12 +86,12 @@ def fail(message):
 
 
 def read_command_line(defaults, choices, argv, file):
-    """The {key: value} that argv's --key=value set, each of its default's type. --help prints `file`'s config."""
+    """{key: value} of argv's --key=value, each of the type of its default. --help prints `file`'s config."""
 
     def number(text):
-        if not abs(value := float(text)) < 1e15:  # nor nan
+        if not 0 <= float(text) < 1e15:  # nor is nan
             raise ValueError
-        return value
+        return float(text)
 
     def integer(text):  # 140_000 and 1e6 are integers too
         if not number(text).is_integer():
@@ -123,14 +119,22 @@ def read_command_line(defaults, choices, argv, file):
     return vars(given)
 
 
-def check_ranges(config, at_least):
-    for low, keys in at_least.items():
-        for key in keys:
-            if config[key] < low:
-                fail(f"--{key}={config[key]}: expected at least {low}")
+def require(config, positive):
+    """Ends the program if one of those keys is 0."""
+    for key in positive.split():
+        if not config[key]:
+            fail(f"--{key}=0: expected more than 0")
 
 
-# --- Processes: with a single one, these change nothing --------------------------------------------------------
+def find_device(name):
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:  # no such name, or no such hardware
+        fail(f"--device={name}: {str(e).splitlines()[0]}")
+
+
+# --- Processes: where there is one, these change nothing ------------------------------------------------------
 
 
 def world():
@@ -145,7 +149,7 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
 
 
 def all_gather(x):
-    """The 1-d tensors x of all processes, whatever their lengths, in one, and where this process's begins in it."""
+    """The 1-d tensors x of all processes, of any lengths, in one, and where this process's begins in it."""
     if not dist.is_initialized():
         return x, 0
     rank, n = world()
@@ -157,13 +161,13 @@ def all_gather(x):
     return torch.cat([part[:length] for part, length in zip(parts, lengths)]), sum(lengths[:rank])
 
 
-# --- Data: n_models, d_model, scale, batch(step) and validation() of raw activations ---------------------------
+# --- Data: n_models, d_model, scale, batch(step) and validation() of raw activations --------------------------
 
 
 class Toy:
     """
-    Activations of two models with planted features, endless, a function of (seed, step). Most features are shared,
-    the fine-tuned direction slightly rotated. The exclusive ones are sqrt(2) longer, to carry as much energy.
+    Activations of two models with planted features, endless, a function of (seed, step). Most are shared, the
+    fine-tuned direction slightly rotated. The exclusive ones are sqrt(2) longer, to carry as much energy.
     """
 
     n_models, d_model = 2, 128
@@ -200,10 +204,10 @@ class Toy:
 
     def score(self, model, frequency):
         """
-        Lines that say what was recovered. A latent with firing frequency [d_hidden] over 0 is alive; its kind goes
-        by its relative norm ||d_B|| / (||d_A|| + ||d_B||): under 0.1 base, over 0.9 finetuned. It recovers a planted
-        feature of its kind if their cosine is over 0.9 in each model that has it; an exclusive latent that recovers
-        none is false.
+        Lines that say what was recovered. A latent of firing frequency [d_hidden] over 0 is alive; its kind goes
+        by its relative norm ||d_B|| / (||d_A|| + ||d_B||), under 0.1 base, over 0.9 finetuned. It recovers a
+        planted feature of its kind if their cosine is over 0.9 in each model that has it; an exclusive latent
+        that recovers none is false.
         """
         W = model.W_dec.detach()[frequency > 0].cpu()
         relative = W[:, 1].norm(dim=-1) / W.norm(dim=-1).sum(1)
@@ -215,7 +219,8 @@ class Toy:
         for name, n in self.kinds.items():
             found = match[:, self.kind == name].any(0).sum()
             yield f"{name}: {found} of {n} planted features recovered ({found / n:.0%})"
-        yield f"{((kind != 'shared') & ~match.any(1)).sum()} of {(kind != 'shared').sum()} exclusive latents are false"
+        exclusive = kind != "shared"
+        yield f"{(exclusive & ~match.any(1)).sum()} of {exclusive.sum()} exclusive latents are false"
         l0 = frequency.sum().item()
         if not 0.8 * self.n_active < l0 < 1.5 * self.n_active:
             yield f"{l0:.0f} active latents a token are far from the {self.n_active} planted active features:"
@@ -224,9 +229,9 @@ class Toy:
 
 class Store:
     """
-    A store of activations: the Hugging Face datasets base and finetuned in one folder, row i of one being row i of
-    the other, read through views of their memory maps. Batches are shuffled over the whole store, anew each epoch,
-    and are a function of (seed, step). The last val_tokens rows are held out.
+    A store of activations: the Hugging Face datasets base and finetuned in one folder, row i of one being row i
+    of the other, read through views of their memory maps. Batches are shuffled over the whole store, anew each
+    epoch, and are a function of (seed, step). The last val_tokens rows are held out.
     """
 
     def __init__(self, config):
@@ -235,28 +240,23 @@ class Store:
             tables = [load_from_disk(path / name).data.table for name in ("base", "finetuned")]
         except (OSError, ValueError) as e:
             fail(f"--data={path}: neither toy, nor stream, nor a store of activations: {e}")
-        if len(tables[0]) != len(tables[1]):
-            fail(f"{path} is not aligned: base has {len(tables[0])} rows, finetuned {len(tables[1])}")
+        self.n_rows, other = map(len, tables)
+        if self.n_rows != other:
+            fail(f"{path} is not aligned: base has {self.n_rows} rows, finetuned {other}")
         for name in {"token", "doc", "pos"}.intersection(*(table.column_names for table in tables)):
             a, b = (table[name].to_numpy() for table in tables)
             if (a != b).any():
                 i = np.argmax(a != b)
-                fail(
-                    f"{path} is not aligned: {name} first differs in row {i}, {a[i]} in base, {b[i]} in finetuned"
-                )
+                fail(f"{path} is not aligned: {name} first differs in row {i}, {a[i]} and {b[i]}")
         chunks = [[chunk for chunk in table["activation"].chunks if len(chunk)] for table in tables]
         self.views = [[c.flatten().to_numpy().reshape(len(c), -1) for c in part] for part in chunks]
-        self.starts = [
-            np.cumsum([0] + [len(view) for view in part]) for part in self.views
-        ]  # their first rows
+        self.starts = [np.cumsum([0] + [len(view) for view in part]) for part in self.views]  # first rows
         self.n_models, self.d_model = len(tables), self.views[0][0].shape[1]
-        self.n_rows, self.n_train = len(tables[0]), len(tables[0]) - config["val_tokens"]
+        self.n_train = self.n_rows - config["val_tokens"]
         if self.n_train < config["batch_size"]:
             fail(f"{path} has {self.n_rows} rows, less than --val_tokens and one --batch_size")
-        meta = path / "meta.json"
-        self.meta = json.loads(meta.read_text()) if meta.exists() else {}
-        if "scale" in self.meta:
-            self.scale = torch.tensor(self.meta["scale"])
+        if (path / "meta.json").exists():
+            self.scale = torch.tensor(json.loads((path / "meta.json").read_text())["scale"])
         else:
             x = self.read(np.linspace(0, self.n_train - 1, min(self.n_train, 65536)).astype(int))
             self.scale = self.d_model**0.5 / x.norm(dim=-1).mean(0)
@@ -288,6 +288,14 @@ class Store:
             yield self.read(np.arange(start, min(start + 1024, self.n_rows)))
 
 
+def load_data(config, checkpoint=None):
+    if config["data"] != "stream":
+        return Toy(config) if config["data"] == "toy" else Store(config)
+    from collect import Stream
+
+    return Stream(config, checkpoint["texts_read"] if checkpoint else 0)
+
+
 def prefetched(data, steps, device):
     """(step, batch on the device) for each step; a thread reads the next batch meanwhile."""
 
@@ -303,14 +311,14 @@ def prefetched(data, steps, device):
             yield step, x.to(device, non_blocking=True)
 
 
-# --- Crosscoder ------------------------------------------------------------------------------------------------
+# --- Crosscoder -----------------------------------------------------------------------------------------------
 
 
 class SparseCode(torch.autograd.Function):
     """
-    f and f @ W_dec, where the code f is given by its entries at (row, col): x @ W_enc.T + b_enc, computed already by
-    whoever chose them. Exact: what ReLU or TopK set to 0 has no gradient, so all that is left out are the products
-    with 0 of dense autograd. x [batch, d], W_enc and W_dec [d_hidden, d], row, col and f [n], sorted by row.
+    f and f @ W_dec, where the code f is given by its entries at (row, col): x @ W_enc.T + b_enc, computed already
+    by whoever chose them. Exact: what ReLU or TopK set to 0 has no gradient, so all that is left out are dense
+    autograd's products with 0. x [batch, d], W_enc and W_dec [d_hidden, d], row, col, f [n], sorted by row.
     """
 
     @staticmethod
@@ -337,7 +345,7 @@ def csr(row, col, values, n_rows, n_cols):
 
 
 def times(sparse, dense):
-    """sparse @ dense, without the zeros that @ writes and copies first: they would cost more than the product."""
+    """sparse @ dense, without the zeros that @ first writes and copies, which cost more than the product."""
     out = dense.new_empty(len(sparse), dense.shape[1])
     return torch.addmm(out, sparse, dense, beta=0, out=out)
 
@@ -358,7 +366,7 @@ def unroll(columns):
 
 
 def largest(score, n):
-    """A mask of the n largest scores over all processes, of equal ones the first, and the smallest of the n."""
+    """A mask of the n largest scores over all processes, of equal ones the first, and the smallest of them."""
     everyone, start = all_gather(score)
     if len(everyone) <= n:
         return torch.ones_like(score, dtype=torch.bool), everyone.amin() if len(everyone) else score.sum()
@@ -371,11 +379,11 @@ def largest(score, n):
 class CrossCoder(nn.Module, PyTorchModelHubMixin):
     """
     A sparse dictionary over the activations of n_models models. encode, decode and forward take and return raw
-    activations. `CrossCoder.from_pretrained(path_or_hub)`, `save_pretrained` and `push_to_hub` are huggingface_hub's.
+    activations. from_pretrained(path_or_hub), save_pretrained(path) and push_to_hub(name) are huggingface_hub's.
 
     Parameters: W_enc, W_dec [d_hidden, n_models, d_model], b_enc [d_hidden], b_dec [n_models, d_model]. Buffers:
-    scale [n_models], sqrt(d_model) / mean norm of each model's activations; threshold [], what a score must exceed
-    in batchtopk's inference (eval mode), so that a token's code does not depend on its batch.
+    scale [n_models], sqrt(d_model) / mean norm of each model's activations; threshold [], what a score f * norm
+    must exceed in batchtopk's inference (eval mode), so that a token's code does not depend on its batch.
     """
 
     rows_at_once = 512  # few enough that their pre-activations are picked from while in cache
@@ -391,6 +399,17 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("threshold", torch.zeros(()))
         self.last_smallest = None  # smallest score kept in the last step: where to start looking in the next
 
+    @torch.no_grad()
+    def start_at(self, x, scale):
+        """Sets the scale [n_models] of a new model, and its biases by raw x, so that few latents die early."""
+        self.scale.copy_(scale)
+        self.b_dec.copy_(all_reduce(self.scaled(x).mean(0)) / world()[1])
+        self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
+
+    def scaled(self, x):
+        """Raw activations [batch, n_models, d_model] -> those of norm sqrt(d_model) on average."""
+        return x * self.scale[:, None]
+
     def decoder_norm(self):
         """[d_hidden]: sum over the models of the norms of a latent's decoder vectors."""
         return self.W_dec.norm(dim=-1).sum(1)
@@ -402,7 +421,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def encode(self, x):
         """Raw activations [batch, n_models, d_model] -> latent activations f [batch, d_hidden]."""
-        f = F.relu(self.product((x * self.scale[:, None]).flatten(1)) + self.b_enc)
+        f = F.relu(self.product(self.scaled(x).flatten(1)) + self.b_enc)
         score = f * self.decoder_norm()
         if self.variant == "topk":
             top = score.topk(self.k, dim=1).indices
@@ -411,11 +430,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             return f * largest(score.flatten(), self.k * len(x))[0].view_as(f)
         return f * (score > self.threshold)  # 0 in vanilla
 
-    @torch.no_grad()
-    def center(self, mean):
-        """Starts a new model at the mean [n_models, d_model] of the scaled activations: few latents die early."""
-        self.b_dec.copy_(mean)
-        self.b_enc.copy_(-einsum(self.W_enc, mean, "latent model d, model d -> latent"))
+    def decode(self, f):
+        """f [batch, d_hidden] -> raw activations [batch, n_models, d_model]."""
+        x_hat = einsum(f, self.W_dec, "batch latent, latent model d -> batch model d") + self.b_dec
+        return x_hat / self.scale[:, None]
 
     @torch.no_grad()
     def update_threshold(self):
@@ -423,85 +441,79 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         if self.last_smallest is not None:
             self.threshold.lerp_(self.last_smallest, torch.where(self.threshold == 0, 1.0, 0.02))
 
-    def decode(self, f):
-        """f [batch, d_hidden] -> raw activations [batch, n_models, d_model]."""
-        x_hat = einsum(f, self.W_dec, "batch latent, latent model d -> batch model d") + self.b_dec
-        return x_hat / self.scale[:, None]
-
     def forward(self, x, **training):
-        """Raw activations -> reconstructed ones, [batch, n_models, d_model]; given its arguments, `losses`."""
+        """Raw activations -> reconstructed ones, [batch, n_models, d_model]; with its arguments, `losses`."""
         return self.losses(x, **training) if training else self.decode(self.encode(x))
 
     @torch.no_grad()
+    def entries(self, product_of, n_rows, norm, cut, dead=(), k_aux=0):
+        """
+        The latents whose score f * norm is over `cut`, in topk the k best of each row that are, as (row, col, f),
+        each [n]; alike, for the auxiliary loss, the k_aux of the latents `dead` with the largest pre-activations
+        in each row. product_of(i, j) gives x @ W_enc.T of rows i to j, a few at a time: [batch, d_hidden] is never
+        needed whole.
+        """
+        bound = 0.9999 * cut / norm - self.b_enc  # a hair low, for rounding; exact below
+        best, aux = [], []
+        for start in range(0, n_rows, self.rows_at_once):
+            product = product_of(start, start + self.rows_at_once)
+            values = lambda row, col: (start + row, col, product[row, col] + self.b_enc[col])  # noqa: B023
+            if self.variant == "topk":
+                score = torch.addcmul(self.b_enc * norm, product, norm)
+                best.append(values(*unroll(score.topk(self.k, dim=1).indices)))
+            else:
+                at = where_true((product > bound).flatten())
+                best.append(values(at // len(norm), at % len(norm)))
+            if len(dead):
+                at = (product[:, dead] + self.b_enc[dead]).topk(min(k_aux, len(dead)), dim=1).indices
+                aux.append(values(*unroll(dead[at])))
+        best, aux = ([torch.cat(column) for column in zip(*parts)] for parts in (best, aux))
+        row, col, f = best
+        keep = (f * norm[col] > cut).nonzero().flatten()
+        return (row[keep], col[keep], f[keep]), aux
+
     def pick(self, product_of, n_rows, norm, dead, k_aux, sparse):
         """
-        The active latents of a batch as (row, col, f), each [n], and for the auxiliary loss, alike, the k_aux of the
-        latents `dead` with the largest pre-activations in each row. product_of(i, j) gives x @ W_enc.T for rows i to
-        j, a few at a time, so that [batch, d_hidden] is never needed whole.
-
-        batchtopk keeps the k * batch largest scores of all processes' rows without sorting all: what is under 0.9 of
-        the last step's smallest is passed over at first, and looked at again if too few are left. So the set is
-        that of a full sort, whatever the last step's was.
+        `entries` of a training batch. batchtopk keeps the k * batch largest scores of all processes' rows without
+        sorting all: what is under 0.9 of the last step's smallest is passed over at first, and looked at again if
+        too few are left. So the set is that of a full sort, whatever the last step's was.
         """
-
-        def scan(cut):
-            # a hair lower, as product > cut / norm - b_enc and (product + b_enc) * norm > cut round differently
-            bound, active, aux = 0.9999 * cut / norm - self.b_enc, [], []
-            for start in range(0, n_rows, self.rows_at_once):
-                product = product_of(start, start + self.rows_at_once)
-                entries = lambda row, col: (start + row, col, product[row, col] + self.b_enc[col])  # noqa: B023
-                if self.variant == "topk":
-                    score = torch.addcmul(self.b_enc * norm, product, norm)
-                    active.append(entries(*unroll(score.topk(self.k, dim=1).indices)))
-                else:
-                    at = where_true((product > bound).flatten())
-                    active.append(entries(at // len(norm), at % len(norm)))
-                if len(dead):
-                    best = (product[:, dead] + self.b_enc[dead]).topk(min(k_aux, len(dead)), dim=1).indices
-                    aux.append(entries(*unroll(dead[best])))
-            return [[torch.cat(column) for column in zip(*parts)] for parts in (active, aux)]
-
-        if self.variant == "vanilla":
-            return scan(0 if sparse else math.inf)  # the dense step needs no list of half of all latents
-        if self.variant == "topk":
-            (row, col, f), aux = scan(0)
-            keep = f > 0
-        else:
-            n_keep, guess = self.k * n_rows * world()[1], self.last_smallest
-            if guess is None:
-                some = ((product_of(0, 32) + self.b_enc) * norm).flatten()
-                guess = some.topk(min(self.k * 32, len(some))).values[-1].clamp_min(0)
-                guess = all_reduce(guess, dist.ReduceOp.MIN)
-            for cut in (0.9 * guess, 0.5 * guess, 0 * guess):
-                (row, col, f), aux = scan(cut)
-                score = f * norm[col]
-                if all_reduce((score > cut).sum()) >= n_keep:
-                    break
-            keep, self.last_smallest = largest(score, n_keep)
+        if self.variant != "batchtopk":
+            # the dense step of vanilla needs no list of half of all latents
+            cut = 0 if sparse or self.variant == "topk" else math.inf
+            return self.entries(product_of, n_rows, norm, cut, dead, k_aux)
+        n_keep, guess = self.k * n_rows * world()[1], self.last_smallest
+        if guess is None:
+            some = ((product_of(0, 32) + self.b_enc) * norm).flatten()
+            guess = some.detach().topk(min(self.k * 32, len(some))).values[-1].clamp_min(0)
+            guess = all_reduce(guess, dist.ReduceOp.MIN)
+        for cut in (0.9 * guess, 0.5 * guess, 0 * guess):
+            (row, col, f), aux = self.entries(product_of, n_rows, norm, cut, dead, k_aux)
+            if all_reduce(torch.tensor(len(f), device=f.device)) >= n_keep:
+                break
+        keep, self.last_smallest = largest(f * norm[col], n_keep)
         keep = keep.nonzero().flatten()
         return (row[keep], col[keep], f[keep]), aux
 
     def losses(self, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead=(), sparse=True):
         """
-        The losses of a training batch x, raw [batch, n_models, d_model]: `loss`, to be minimised, and its parts, all
-        means over the batch of sums over the rest, of scaled activations. l2 + l1_coeff * l1 (vanilla) or l2;
-        + aux_coeff * aux, in which the latents `dead` [n_dead] reconstruct what x_hat lacks.
+        The losses of a training batch x, raw [batch, n_models, d_model]: `loss`, to be minimised, and its parts,
+        all means over the batch of sums over the rest, of scaled activations. It is l2, in vanilla
+        + l1_coeff * l1, + aux_coeff * aux, in which the latents `dead` [n_dead] reconstruct what x_hat lacks.
         """
-        x = (x * self.scale[:, None]).flatten(1)
+        x = self.scaled(x).flatten(1)
         W_enc, W_dec, norm = self.W_enc.flatten(1), self.W_dec.flatten(1), self.decoder_norm()
         product = None if sparse else self.product(x)
         product_of = lambda i, j: self.product(x[i:j]) if sparse else product[i:j]
         (row, col, f), aux = self.pick(product_of, len(x), norm.detach(), dead, k_aux, sparse)
         if sparse:
-            n = len(f)
-            if len(
-                dead
-            ):  # as further rows of the same product, for one gradient of each weight instead of two
+            n, rows = len(f), x
+            if len(dead):  # as further rows of the same product: one gradient of each weight instead of two
                 row, col, f = (torch.cat(pair) for pair in zip((row, col, f), (len(x) + aux[0], *aux[1:])))
-            all_x = x.repeat(2, 1) if len(dead) else x
-            f, out = SparseCode.apply(all_x, W_enc, self.b_enc, W_dec, row, col, f)
+                rows = x.repeat(2, 1)
+            f, out = SparseCode.apply(rows, W_enc, self.b_enc, W_dec, row, col, f)
             (out, *error_hat), f, col = out.split(len(x)), f[:n], col[:n]
-            l1_loss, l0_loss = f @ norm[col] / len(x), torch.tensor(n / len(x))
+            l1_loss, l0_loss = f @ norm[col] / len(x), torch.tensor(n / len(x), device=x.device)
             fired = torch.zeros_like(norm, dtype=torch.bool).index_fill(0, col, True)
         else:
             f = F.relu(product + self.b_enc)
@@ -519,45 +531,47 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             aux_loss = aux_loss * min(len(dead) / k_aux, 1)
             loss = loss + aux_coeff * aux_loss
         parts = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss, aux_loss=aux_loss)
-        return parts | dict(
-            fired=fired, x=x.unflatten(1, self.b_dec.shape), x_hat=x_hat.unflatten(1, self.b_dec.shape)
-        )
+        x, x_hat = (y.unflatten(1, self.b_dec.shape) for y in (x, x_hat))
+        return parts | dict(fired=fired, x=x, x_hat=x_hat)
 
 
-# --- Measures --------------------------------------------------------------------------------------------------
+# --- Measures -------------------------------------------------------------------------------------------------
 
 
 def moments(x, x_hat):
-    """What explained_variance needs of [batch, n_models, d_model]; those of several batches can be added up."""
+    """What explained_variance needs of [batch, n_models, d_model], float64; those of batches can be added up."""
     error, square = ((y.detach().norm(dim=-1).double() ** 2).sum(0) for y in (x - x_hat, x))
     return torch.cat([torch.stack([error, square, torch.full_like(error, len(x))], dim=1), x.sum(0)], dim=1)
 
 
 def explained_variance(moments):
-    """1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, overall and per model: a ratio of sums over all rows."""
+    """1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, a ratio of sums over all rows: of all, and per model."""
     error, square, rows = moments[:, :3].T
     variance = square - moments[:, 3:].square().sum(1) / rows
-    each = {
-        f"explained_variance_{name}": 1 - (e / v).item() for name, e, v in zip("ABCDEFGH", error, variance)
-    }
-    return dict(explained_variance=1 - (error.sum() / variance.sum()).item()) | each
+    each = zip("ABCDEFGH", (1 - error / variance).tolist())
+    row = dict(explained_variance=(1 - error.sum() / variance.sum()).item())
+    return row | {f"explained_variance_{name}": value for name, value in each}
 
 
 @torch.no_grad()
 def validate(model, blocks, l1_coeff):
-    """Metrics of blocks of raw activations in inference mode, and how often each latent fires [d_hidden]."""
-    model.eval()
-    rows, sums, fired, seen = 0, 0, 0, 0
+    """Metrics of blocks of raw activations, in inference mode, and how often each latent fires [d_hidden]."""
+    norm, W_dec, n_rows, l1, fired, seen = model.decoder_norm(), model.W_dec.flatten(1), 0, 0, 0, 0
     for x in blocks:
-        x = x.to(model.b_dec.device)
-        f = model.encode(x)
-        x, x_hat = x * model.scale[:, None], model.decode(f) * model.scale[:, None]
-        l2, l1 = (x - x_hat).square().sum(), (f @ model.decoder_norm()).sum()
-        rows, fired, seen = rows + len(x), fired + (f > 0).sum(0), seen + moments(x, x_hat)
-        sums = sums + torch.stack([l2 + l1_coeff * l1 * (model.variant == "vanilla"), l2, l1, (f > 0).sum()])
-    model.train()
-    row = dict(zip(("loss", "l2_loss", "l1_loss", "l0_loss"), (sums / rows).tolist()))
-    return row | explained_variance(seen) | dict(dead_latents=(fired == 0).sum().item()), fired / rows
+        x = model.scaled(x.to(norm.device))
+        product_of = lambda i, j, x=x: model.product(x.flatten(1)[i:j])
+        (row, col, f), _ = model.entries(product_of, len(x), norm, model.threshold)
+        x_hat = times(csr(row, col, f, len(x), len(norm)), W_dec).view_as(x) + model.b_dec
+        n_rows, l1, fired = (
+            n_rows + len(x),
+            l1 + f @ norm[col],
+            fired + torch.bincount(col, minlength=len(norm)),
+        )
+        seen = seen + moments(x, x_hat)
+    l2_loss, l1_loss, l0_loss = (total.item() / n_rows for total in (seen[:, 0].sum(), l1, fired.sum()))
+    loss = l2_loss + l1_coeff * l1_loss if model.variant == "vanilla" else l2_loss
+    row = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss)
+    return row | explained_variance(seen) | dict(dead_latents=(fired == 0).sum().item()), fired / n_rows
 
 
 def product_seconds(model, n_rows):
@@ -571,7 +585,7 @@ def product_seconds(model, n_rows):
     return sorted(seconds[1:])[1]
 
 
-# --- Training --------------------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------------------
 
 
 def warmup_factor(step, config):
@@ -580,38 +594,38 @@ def warmup_factor(step, config):
 
 def lr_factor(step, config):
     """Linear warm-up, constant, linear to 0 at the end."""
-    return min(
-        warmup_factor(step, config), (config["steps"] - step) / max(1, config["decay"] * config["steps"])
-    )
+    left = (config["steps"] - step) / max(1, config["decay"] * config["steps"])
+    return min(warmup_factor(step, config), left)
 
 
 def resolve(config):
     """The config with its by-rule values filled in; ends the program if a value cannot be."""
-    check_ranges(config, at_least)
+    require(config, "steps batch_size d_hidden k k_aux log_every")
     if config["k"] > config["d_hidden"]:
         fail(f"--k={config['k']} is larger than --d_hidden={config['d_hidden']}")
     if config["batch_size"] % world()[1]:
-        fail(
-            f"--batch_size={config['batch_size']} is not a multiple of the number of processes, {world()[1]}"
-        )
+        fail(f"--batch_size={config['batch_size']} is no multiple of the number of processes, {world()[1]}")
+    for key in ("beta1", "beta2"):
+        if config[key] >= 1:
+            fail(f"--{key}={config[key]}: expected less than 1")
+    config = dict(config)
+    if config["aux_coeff"] < 0:
+        config["aux_coeff"] = 0.0 if config["variant"] == "vanilla" else 1 / 32
     tokens = config["steps"] * config["batch_size"]
-    aux_coeff = 0.0 if config["variant"] == "vanilla" else 1 / 32
-    return config | dict(
-        aux_coeff=config["aux_coeff"] if config["aux_coeff"] >= 0 else aux_coeff,
-        dead_after=config["dead_after"] or min(math.ceil(0.05 * tokens), 10_000_000),
-        lr=config["lr"] or 3e-3 * math.sqrt(512 / config["d_hidden"]),
-    )
+    config["dead_after"] = config["dead_after"] or min(math.ceil(0.05 * tokens), 10_000_000)
+    config["lr"] = config["lr"] or 3e-3 * math.sqrt(512 / config["d_hidden"])
+    return config
 
 
 def write_atomically(path, write):
-    """write(another path), which is then renamed: at any moment `path` is the whole old one or the whole new one."""
+    """write(another path), which is then renamed: at any moment `path` is wholly the old one or the new one."""
     part = path.with_name(path.name + ".part")
     write(part)
     os.replace(part, path)
 
 
 def start_run(config):
-    """Makes the folder of a new run, whose path it returns; one that already holds a run is left alone."""
+    """Makes the folder of a new run, and returns its path; one that already holds a run is left alone."""
     name = f"{Path(config['data']).name}-{config['variant']}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     out = Path(config["out_dir"] or Path("out") / name)
     if (out / "checkpoint.pt").exists() or (out / "metrics.jsonl").exists():
@@ -623,15 +637,13 @@ def start_run(config):
 class Log:
     """Rows of metrics: one short line on the terminal, all of it in OUT/metrics.jsonl and wandb."""
 
-    shown = ["l2_loss", "l0_loss", "explained_variance", "dead_latents", "aux_loss", "tokens_per_second"]
+    shown = "l2_loss l0_loss explained_variance dead_latents aux_loss tokens_per_second".split()
 
     def __init__(self, out, config, checkpoint):
         self.path = out / "metrics.jsonl"
         rows = self.path.read_text().splitlines(keepends=True) if checkpoint else []
-        kept = "".join(
-            row for row in rows if json.loads(row)["step"] <= checkpoint["step"]
-        )  # the others come again
-        write_atomically(self.path, lambda part: part.write_text(kept))
+        rows = [row for row in rows if json.loads(row)["step"] <= checkpoint["step"]]  # the others come again
+        write_atomically(self.path, lambda part: part.write_text("".join(rows)))
         os.environ.setdefault("WANDB_SILENT", "true")
         same = dict(id=checkpoint["wandb_id"], resume="allow") if checkpoint else {}
         options = dict(project=config["wandb_project"], mode=config["wandb_mode"], name=out.name, dir=out)
@@ -646,58 +658,47 @@ class Log:
         self.wandb.log(row, step=step)
 
 
-def keep_freed_memory():
-    """Tells glibc to reuse what a step frees for the next one, instead of having the kernel clear new pages for it."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
-    mallopt(-4, 0)  # M_MMAP_MAX
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def train(config, checkpoint=None):
-    """Trains by the config, from the checkpoint if one is given, and returns the crosscoder, in eval mode."""
+def set_up(config):
+    """The device of this process, which joins the others if torchrun started it."""
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
-    auto_device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto_device if config["device"] == "auto" else config["device"])
+    device = find_device(config["device"])
     torch.backends.cuda.matmul.allow_tf32 = True
     if sys.platform == "linux" and device.type == "cpu":
-        keep_freed_memory()
-    if "LOCAL_RANK" in os.environ:  # torchrun
+        # What a step frees is kept for the next: to have the kernel clear new pages costs a tenth of a step.
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # only glibc has it
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if "LOCAL_RANK" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    is_main = world()[0] == 0
-    config = resolve(config)
-    torch.manual_seed(config["seed"])
-    if config["data"] == "stream":
-        from collect import Stream
+    return device
 
-        data = Stream(config, checkpoint["texts_read"] if checkpoint else 0)
-    else:
-        data = Toy(config) if config["data"] == "toy" else Store(config)
+
+def train(config, checkpoint=None):
+    """Trains by the config, from the checkpoint if one is given, and returns the crosscoder, in eval mode."""
+    device = set_up(config)
+    config, is_main = resolve(config), world()[0] == 0
+    torch.manual_seed(config["seed"])
+    data = load_data(config, checkpoint)
     if is_main:
         out = Path(config["out_dir"]) if checkpoint else start_run(config)
-        config |= dict(out_dir=str(out))
+        config["out_dir"] = str(out)
         print("\n".join(f"{key} = {value!r}" for key, value in config.items()))
-
-    model = CrossCoder(data.n_models, data.d_model, config["d_hidden"], config["variant"], config["k"])
-    model.scale.copy_(data.scale)
-    model.to(device)
+    model = CrossCoder(data.n_models, data.d_model, config["d_hidden"], config["variant"], config["k"]).to(
+        device
+    )
     betas = (config["beta1"], config["beta2"])
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
-    since_fired = torch.zeros(
-        config["d_hidden"], dtype=torch.long, device=device
-    )  # tokens since a latent fired
-    share, start = (
-        1.0 if config["variant"] == "vanilla" else config["k"] / config["d_hidden"],
-        0,
-    )  # share active
-    if not checkpoint:
-        model.center(all_reduce((data.batch(0).to(device) * model.scale[:, None]).mean(0)) / world()[1])
-    else:
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler")):
+    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
+    since_fired = torch.zeros(config["d_hidden"], dtype=torch.long, device=device)  # tokens, of each latent
+    share = 1.0 if config["variant"] == "vanilla" else config["k"] / config["d_hidden"]  # of active latents
+    start, steps, batch_size = 0, config["steps"], config["batch_size"]
+    if checkpoint:
+        for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["random_state"])
         since_fired, share, start = (
@@ -705,18 +706,15 @@ def train(config, checkpoint=None):
             checkpoint["share"],
             checkpoint["step"],
         )
+    else:
+        model.start_at(data.batch(0).to(device), data.scale.to(device))
     log = Log(out, config, checkpoint) if is_main else lambda *_: None
     parallel = model
     if dist.is_initialized():
-        parallel = nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-    batch_size, steps = config["batch_size"], config["steps"]
-    floor, logged_at, logged_step = (
-        product_seconds(model, batch_size // world()[1]),
-        time.perf_counter(),
-        start,
-    )
+        options = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
+        parallel = nn.parallel.DistributedDataParallel(model, **options)
+    floor = product_seconds(model, batch_size // world()[1])
+    logged_at, logged_step = time.perf_counter(), start
 
     for step, x in prefetched(data, range(start, steps), device):
         l1_coeff, lr = config["l1_coeff"] * warmup_factor(step, config), scheduler.get_last_lr()[0]
@@ -735,11 +733,11 @@ def train(config, checkpoint=None):
         if config["variant"] == "vanilla" and device.type == "cpu":
             share = losses["l0_loss"].item() / config["d_hidden"]
         step += 1
+        due = lambda every, step=step: step == steps or (every and step % every == 0)
 
-        last = step == steps
-        if last or step % config["log_every"] == 0:
+        if due(config["log_every"]):
             names = ["loss", "l2_loss", "l1_loss", "l0_loss", "aux_loss"]
-            means = all_reduce(torch.stack([losses[name].detach().to(device) for name in names])) / world()[1]
+            means = all_reduce(torch.stack([losses[name].detach() for name in names])) / world()[1]
             row = dict(zip(names, means.tolist()))
             row |= explained_variance(all_reduce(moments(losses["x"], losses["x_hat"])))
             row |= dict(l1_coeff=l1_coeff, lr=lr, dead_latents=len(dead), grad_norm=grad_norm.item())
@@ -747,15 +745,10 @@ def train(config, checkpoint=None):
             row |= dict(threshold=model.threshold.item(), tokens=step * batch_size)
             log(step, row | dict(tokens_per_second=batch_size / seconds, floor_fraction=floor / seconds))
             logged_at, logged_step = time.perf_counter(), step
-        if (
-            is_main
-            and config["val_tokens"]
-            and (last or config["eval_every"] and step % config["eval_every"] == 0)
-        ):
+        if is_main and config["val_tokens"] and due(config["eval_every"]):
             row, frequency = validate(model, data.validation(), l1_coeff)
             log(step, row, "val/")
-        if is_main and (last or config["save_every"] and step % config["save_every"] == 0):
-            parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
+        if is_main and due(config["save_every"]):
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(
                 step=step, since_fired=since_fired, share=share, config=config, wandb_id=log.wandb.id
@@ -763,14 +756,13 @@ def train(config, checkpoint=None):
             state |= dict(random_state=torch.get_rng_state(), texts_read=getattr(data, "texts_read", 0))
             write_atomically(out / "checkpoint.pt", lambda part, state=state: torch.save(state, part))
 
-    model.eval()
     if is_main:
         model.save_pretrained(out / "crosscoder")
         if config["data"] == "toy" and config["val_tokens"] and start < steps:
             print(*data.score(model, frequency), sep="\n")
         print(f"weights: CrossCoder.from_pretrained({str(out / 'crosscoder')!r})")
         log.wandb.finish()
-    return model
+    return model.eval()
 
 
 def main(argv):
