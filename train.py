@@ -267,12 +267,12 @@ class Store:
 
     def read(self, rows):
         """The activations [len(rows), n_models, d_model] of those rows, float32."""
-        x = np.empty((len(rows), self.n_models, self.d_model), np.float32)
+        x = np.empty((len(rows), self.n_models, self.d_model), self.views[0][0].dtype)
         for model, (views, starts) in enumerate(zip(self.views, self.starts)):
             chunk = np.searchsorted(starts, rows, side="right") - 1
             for i, (c, row) in enumerate(zip(chunk.tolist(), (rows - starts[chunk]).tolist())):
                 x[i, model] = views[c][row]
-        return torch.from_numpy(x)
+        return torch.from_numpy(x).float()
 
     def batch(self, step):
         rank, n = world()
@@ -386,7 +386,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     must exceed in batchtopk's inference (eval mode), so that a token's code does not depend on its batch.
     """
 
-    rows_at_once = 512  # few enough that their pre-activations are picked from while in cache
+    rows_at_once = 1024  # few enough that their pre-activations are picked from while in cache
 
     def __init__(self, n_models: int, d_model: int, d_hidden: int, variant: str = "batchtopk", k: int = 32):
         super().__init__()
@@ -538,9 +538,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 # --- Measures -------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def moments(x, x_hat):
     """What explained_variance needs of [batch, n_models, d_model], float64; those of batches can be added up."""
-    error, square = ((y.detach().norm(dim=-1).double() ** 2).sum(0) for y in (x - x_hat, x))
+    error, square = ((y.norm(dim=-1).double() ** 2).sum(0) for y in (x - x_hat, x))
     return torch.cat([torch.stack([error, square, torch.full_like(error, len(x))], dim=1), x.sum(0)], dim=1)
 
 
