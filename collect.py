@@ -1,14 +1,14 @@
 """
-Collects the activations of a base model and of the model fine-tuned from it: the same tokens through both, at the
-same place, into a store that train.py reads.
+Collects the activations of a base model and of the model fine-tuned from it: the same tokens through both, at
+the same place, into a store that train.py reads.
 
     python collect.py --base=PATH_OR_HUB --finetuned=PATH_OR_HUB --layer=15 --text=PATH_OR_HUB --out_dir=acts
     torchrun --standalone --nproc_per_node=2 collect.py ...   # texts split over processes, one store
 
     OUT/base, OUT/finetuned   Hugging Face datasets, a row per token, row i of one being row i of the other:
-                              activation (raw, float16, length d_model), token (id), doc (row in docs), pos (in it)
-    OUT/docs                  a row per text, or per seq_len tokens of a longer one: input_ids, text (its number)
-    OUT/meta.json             models, hooks, d_model, tokens, scale per model, tokens dropped by reason, versions
+                              activation (raw, float16[d_model]), token (id), doc (row in docs), pos (in it)
+    OUT/docs                  a row per text or per seq_len tokens of a longer one: input_ids, text (number)
+    OUT/meta.json             models, hooks, d_model, tokens, scales, tokens dropped by reason, versions
 
 `stream` yields the same rows as shuffled batches without a disk; `train.py --data=stream` trains on them.
 """
@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train import all_reduce, fail, find_device, read_command_line, require, world, write_atomically
 
-# --- Config ---------------------------------------------------------------------------------------------------
+# --- Config -------------------------------------------------------------------------------------------------
 
 config = dict(
     # what
@@ -44,7 +44,7 @@ config = dict(
     layer=0,  # index of the block
     site="resid",  # resid (output of the block) or mlp (output of its MLP)
     hook="",  # any module's path, such as model.layers.3.self_attn, instead of layer and site
-    text="",  # a hub dataset, a folder saved by save_to_disk, or a .txt (by paragraph), .jsonl or .parquet file
+    text="",  # a hub dataset, a folder of save_to_disk, or a .txt (by paragraph), .jsonl or .parquet file
     text_column="",  # empty: text, or messages, which go through the chat template
     split="train",  # of a hub dataset
     # how much, and which
@@ -63,7 +63,7 @@ config = dict(
 )
 choices = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
 
-# --- Models ---------------------------------------------------------------------------------------------------
+# --- Models -------------------------------------------------------------------------------------------------
 
 
 def load(key, config):
@@ -81,7 +81,7 @@ def load(key, config):
 
 
 def find_hook(model, config):
-    """The path of the module to hook: `hook`, or found by structure, since the blocks are the largest ModuleList."""
+    """The path of the module to hook: `hook`, or by structure, as the blocks are the largest ModuleList."""
     modules = dict(model.named_modules())
     if hook := config["hook"]:
         if hook not in modules:
@@ -116,11 +116,11 @@ def activations(model, hook, input_ids, attention_mask):
     return out if isinstance(out, torch.Tensor) else out[0]  # attention modules return tuples
 
 
-# --- Text -----------------------------------------------------------------------------------------------------
+# --- Text ---------------------------------------------------------------------------------------------------
 
 
 def read_texts(config, tokenizer):
-    """(number of the text, text, whether it has its special tokens), long texts in parts of 10,000 characters."""
+    """(number of the text, text, whether it has its special tokens), in parts of 10,000 characters."""
     name, kind = config["text"], {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     path = Path(name)
     try:
@@ -157,11 +157,11 @@ def tokenize(tokenizer, texts, seq_len):
     return pieces
 
 
-# --- Harvest --------------------------------------------------------------------------------------------------
+# --- Harvest ------------------------------------------------------------------------------------------------
 
 
 class Harvest:
-    """The activations of both models on the same tokens, less the tokens that no crosscoder should learn from."""
+    """The activations of both models on the same tokens, less those that none should learn from."""
 
     texts_at_once = 32  # tokenised together and sorted by length, so that batches hold little padding
 
@@ -192,8 +192,8 @@ class Harvest:
 
     def groups(self, first_text=0, first_doc=0):
         """
-        From that text on, a few texts at a time, which the processes share out: (texts read, docs made, rows, docs).
-        rows are those of `run`, docs the (number of the text, ids) of this group.
+        From that text on, a few texts at a time, which the processes share out: (texts read, docs made, rows,
+        docs). rows are those of `run`, docs the (number of the text, ids) of this group.
         """
         texts = itertools.islice(read_texts(self.config, self.tokenizer), first_text, None)
         while group := list(itertools.islice(texts, self.texts_at_once)):
@@ -204,8 +204,9 @@ class Harvest:
 
     def run(self, docs, first_doc):
         """
-        Blocks of kept rows of the docs, whose numbers start at first_doc: dicts of x [row, model, d_model] float16,
-        norm [row, model], token, doc and pos [row]. What is dropped is counted by the first reason that holds.
+        Blocks of kept rows of the docs, whose numbers start at first_doc: dicts of x [row, model, d_model]
+        float16, norm [row, model], token, doc and pos [row]. What is dropped is counted by the first reason
+        that holds.
         """
         by_length, size = (
             sorted(range(len(docs)), key=lambda i: len(docs[i][1])),
@@ -252,8 +253,8 @@ class Stream:
 
     def shuffled(self):
         """
-        Yields batches [batch, n_models, d_model] of raw activations out of a buffer of shuffle_rows, which is filled
-        up whenever it is half empty. Sets scale by the first fill. Texts are read again when they end.
+        Yields batches [batch, n_models, d_model] of raw activations out of a buffer of shuffle_rows, which is
+        filled up whenever it is half empty. Sets scale by the first fill. Texts are read again when they end.
         """
         size = self.config["batch_size"] // world()[1]
         capacity, blocks, n = max(self.config["shuffle_rows"], 2 * size), [], 0
@@ -286,7 +287,7 @@ class Stream:
         return self.held_out.split(1024)
 
 
-# --- Store ----------------------------------------------------------------------------------------------------
+# --- Store --------------------------------------------------------------------------------------------------
 
 
 def write_part(path, rows, docs, state):
@@ -307,7 +308,7 @@ def write_part(path, rows, docs, state):
 
 
 def join(parts, out):
-    """Makes the dataset folder `out` of several, by moving their files there; can be done again if it was cut off."""
+    """Makes the dataset folder `out` of several, by moving their files; if cut off, can be done again."""
     names = [f"data-{i:05d}-of-{len(parts):05d}.arrow" for i in range(len(parts))]
     shutil.copytree(parts[0], out, ignore=shutil.ignore_patterns("*.arrow"), dirs_exist_ok=True)
     for part, name in zip(parts, names):
@@ -320,7 +321,7 @@ def join(parts, out):
 
 
 def collect(config):
-    """Writes the store config["out_dir"], whole or not at all; what an earlier try has finished is not done again."""
+    """Writes the store config["out_dir"], whole or not at all, going on where an earlier try ended."""
     disable_progress_bars()
     if "LOCAL_RANK" in os.environ:  # torchrun
         dist.init_process_group("gloo")
@@ -329,18 +330,14 @@ def collect(config):
         fail(f"--out_dir={out} exists already: give another name")
     building, same = out.with_name(out.name + ".building"), config | dict(processes=n_processes)
     if (building / "config.json").exists() and json.loads((building / "config.json").read_text()) != same:
-        fail(
-            f"{building} holds an unfinished store made with other arguments: delete it, or give another --out_dir"
-        )
+        fail(f"{building} holds an unfinished store of other arguments: delete it, or give another --out_dir")
     harvest = Harvest(config)
     need, free = (
         config["n_tokens"] * 2 * (2 * harvest.d_model + 12),
         shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free,
     )
     if need > free:
-        fail(
-            f"--n_tokens={config['n_tokens']} takes {need / 1e9:.1f} GB, and {out.parent} has {free / 1e9:.1f} GB left"
-        )
+        fail(f"--n_tokens={config['n_tokens']} takes {need / 1e9:.1f} GB; free: {free / 1e9:.1f} GB")
     building.mkdir(parents=True, exist_ok=True)
     write_atomically(building / "config.json", lambda part: part.write_text(json.dumps(same)))
 
@@ -411,9 +408,7 @@ def finish(config, harvest, building, out):
     os.replace(building / "store", out)
     shutil.rmtree(building)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(
-        f"{out}: {tokens} tokens, {size / 1e9:.2f} GB, from {harvest.hooks[0]} of {config['base']} and {config['finetuned']}"
-    )
+    print(f"{out}: {tokens} tokens, {size / 1e9:.2f} GB, of {harvest.hooks[0]}")
     print("dropped:", ", ".join(f"{count} {reason}" for reason, count in dropped.items()))
     print("scale:", ", ".join(f"{scale:.5g}" for scale in meta["scale"]))
     if tokens < config["n_tokens"]:

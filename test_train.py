@@ -1,4 +1,4 @@
-"""pytest test_train.py: needs no network, no GPU and about three minutes on two cores."""
+"""pytest test_train.py: needs no network, no GPU, and a minute or two on two cores."""
 
 import copy
 import json
@@ -70,7 +70,7 @@ def random_store(path, rows=500, d=16, **columns):
     return x
 
 
-# --- Mathematics ----------------------------------------------------------------------------------------------
+# --- Mathematics --------------------------------------------------------------------------------------------
 
 
 def crosscoder(variant, d_hidden=40, k=3, n_models=2, d_model=8):
@@ -276,7 +276,7 @@ def test_raw_activations_go_in_and_come_out():
     torch.testing.assert_close(losses["x"], x * model.scale[:, None])
 
 
-# --- Toy ------------------------------------------------------------------------------------------------------
+# --- Toy ----------------------------------------------------------------------------------------------------
 
 
 def test_toy_is_a_function_of_seed_and_step_with_the_frequencies_it_says():
@@ -304,7 +304,7 @@ def test_toy_score_counts_what_a_perfect_and_a_spoilt_dictionary_recover():
     assert any("far from" in line for line in toy.score(model, alive / 5))
 
 
-# --- Loader ---------------------------------------------------------------------------------------------------
+# --- Loader -------------------------------------------------------------------------------------------------
 
 
 def store_config(**changes):
@@ -369,12 +369,13 @@ def test_prefetched_batches_are_those_of_their_steps():
     assert all(torch.equal(x, store.batch(step)) for step, x in got)
 
 
-# --- Training -------------------------------------------------------------------------------------------------
+# --- Training -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant):
-    options = f"--variant={variant} --steps=30 --l1_coeff=30 --dead_after=60 --aux_coeff=0.03 --save_every=10".split()
+    options = f"--variant={variant} --steps=30 --save_every=10".split()
+    options += "--l1_coeff=30 --dead_after=60 --aux_coeff=0.03".split()
     run(*options, "--out_dir=whole")
     assert any(row.get("aux_loss", 0) > 0 for row in metrics("whole"))
 
@@ -399,8 +400,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant):
 def test_rows_of_metrics_have_the_names_that_others_rely_on():
     run("--steps=10", "--out_dir=out", "--eval_every=5")
     train_row, val_row = metrics("out")[0], metrics("out")[1]
-    names = "loss l2_loss l1_loss l0_loss l1_coeff lr explained_variance explained_variance_A explained_variance_B "
-    names += "aux_loss dead_latents threshold grad_norm tokens_per_second tokens step"
+    names = "loss l2_loss l1_loss l0_loss l1_coeff lr explained_variance explained_variance_A "
+    names += "explained_variance_B aux_loss dead_latents threshold grad_norm tokens_per_second tokens step"
     assert (
         set(names.split()) <= set(train_row) and train_row["tokens"] == 5 * 64 and train_row["l0_loss"] == 4
     )
@@ -428,7 +429,7 @@ def test_typing_the_same_command_twice_makes_two_runs_and_a_named_one_is_not_wri
     assert Path("mine/metrics.jsonl").read_bytes() == before
 
 
-# --- Command line ---------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -477,7 +478,7 @@ def test_the_readme_lists_every_key():
     assert all(f"`{key}`" in readme for key in train.config | collect.config)
 
 
-# --- Models ---------------------------------------------------------------------------------------------------
+# --- Models -------------------------------------------------------------------------------------------------
 
 
 def make_pair(folder, kind):
@@ -698,7 +699,7 @@ def test_the_scripts_run_from_another_folder_by_themselves(pairs):
     )
 
 
-# --- Several processes ----------------------------------------------------------------------------------------
+# --- Several processes --------------------------------------------------------------------------------------
 
 
 def torchrun(n, *command):
@@ -723,8 +724,9 @@ from torch import distributed as dist
 for variant in ("vanilla", "topk", "batchtopk"):
     for aux_coeff in (0, 0.1):
         out = f"{out}-{{variant}}-{{aux_coeff}}"
-        options = f"--variant={{variant}} --aux_coeff={{aux_coeff}} --out_dir={{out}} --steps=50 --batch_size=64 --k=4"
-        options += " --d_hidden=96 --dead_after=150 --k_aux=16 --wandb_mode=disabled --val_tokens=0 --sparse=True"
+        options = f"--variant={{variant}} --aux_coeff={{aux_coeff}} --out_dir={{out}} --steps=50"
+        options += " --batch_size=64 --k=4 --d_hidden=96 --dead_after=150 --k_aux=16"
+        options += " --sparse=True --wandb_mode=disabled --val_tokens=0"
         train.main(options.split() + ["--log_every=50"])
 """
 

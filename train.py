@@ -1,6 +1,7 @@
 """
-Trains a CrossCoder: one sparse dictionary over the activations of a base model (A) and of the model fine-tuned
-from it (B). Each latent has a decoder vector per model; where it is nearly 0 in one, the other has it alone.
+Trains a CrossCoder: one sparse dictionary over the activations of a base model (A) and of the model
+fine-tuned from it (B). Each latent has a decoder vector per model; where it is nearly 0 in one, the other has
+it alone.
 
     python train.py --variant=batchtopk --k=32              # a toy with planted truth; ends with a score
     python train.py --data=acts --d_hidden=16384            # a store of activations, written by collect.py
@@ -34,7 +35,7 @@ from einops import einsum
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-# --- Config ---------------------------------------------------------------------------------------------------
+# --- Config -------------------------------------------------------------------------------------------------
 
 config = dict(
     # I/O
@@ -134,7 +135,7 @@ def find_device(name):
         fail(f"--device={name}: {str(e).splitlines()[0]}")
 
 
-# --- Processes: where there is one, these change nothing ------------------------------------------------------
+# --- Processes: where there is one, these change nothing ----------------------------------------------------
 
 
 def world():
@@ -161,7 +162,7 @@ def all_gather(x):
     return torch.cat([part[:length] for part, length in zip(parts, lengths)]), sum(lengths[:rank])
 
 
-# --- Data: n_models, d_model, scale, batch(step) and validation() of raw activations --------------------------
+# --- Data: n_models, d_model, scale, batch(step) and validation() of raw activations ------------------------
 
 
 class Toy:
@@ -204,10 +205,10 @@ class Toy:
 
     def score(self, model, frequency):
         """
-        Lines that say what was recovered. A latent of firing frequency [d_hidden] over 0 is alive; its kind goes
-        by its relative norm ||d_B|| / (||d_A|| + ||d_B||), under 0.1 base, over 0.9 finetuned. It recovers a
-        planted feature of its kind if their cosine is over 0.9 in each model that has it; an exclusive latent
-        that recovers none is false.
+        Lines that say what was recovered. A latent of firing frequency [d_hidden] over 0 is alive; its kind
+        goes by its relative norm ||d_B|| / (||d_A|| + ||d_B||), under 0.1 base, over 0.9 finetuned. It
+        recovers a planted feature of its kind if their cosine is over 0.9 in each model that has it; an
+        exclusive latent that recovers none is false.
         """
         W = model.W_dec.detach()[frequency > 0].cpu()
         relative = W[:, 1].norm(dim=-1) / W.norm(dim=-1).sum(1)
@@ -229,9 +230,9 @@ class Toy:
 
 class Store:
     """
-    A store of activations: the Hugging Face datasets base and finetuned in one folder, row i of one being row i
-    of the other, read through views of their memory maps. Batches are shuffled over the whole store, anew each
-    epoch, and are a function of (seed, step). The last val_tokens rows are held out.
+    A store of activations: the Hugging Face datasets base and finetuned in one folder, row i of one being row
+    i of the other, read through views of their memory maps. Batches are shuffled over the whole store, anew
+    each epoch, and are a function of (seed, step). The last val_tokens rows are held out.
     """
 
     def __init__(self, config):
@@ -311,14 +312,15 @@ def prefetched(data, steps, device):
             yield step, x.to(device, non_blocking=True)
 
 
-# --- Crosscoder -----------------------------------------------------------------------------------------------
+# --- Crosscoder ---------------------------------------------------------------------------------------------
 
 
 class SparseCode(torch.autograd.Function):
     """
-    f and f @ W_dec, where the code f is given by its entries at (row, col): x @ W_enc.T + b_enc, computed already
-    by whoever chose them. Exact: what ReLU or TopK set to 0 has no gradient, so all that is left out are dense
-    autograd's products with 0. x [batch, d], W_enc and W_dec [d_hidden, d], row, col, f [n], sorted by row.
+    f and f @ W_dec, where the code f is given by its entries at (row, col): x @ W_enc.T + b_enc, computed
+    already by whoever chose them. Exact: what ReLU or TopK set to 0 has no gradient, so all that is left out
+    are dense autograd's products with 0. x [batch, d], W_enc and W_dec [d_hidden, d], row, col, f [n], sorted
+    by row.
     """
 
     @staticmethod
@@ -351,7 +353,7 @@ def times(sparse, dense):
 
 
 def where_true(mask):
-    """Where a flat mask, of which little is True, is so: found eight at a time, each eight being one int64."""
+    """Where a flat mask, of which little is True, is so: looked for eight at a time, as one int64."""
     if len(mask) % 8:
         return mask.nonzero().flatten()
     eights = mask.view(torch.int64).nonzero().flatten()
@@ -366,7 +368,7 @@ def unroll(columns):
 
 
 def largest(score, n):
-    """A mask of the n largest scores over all processes, of equal ones the first, and the smallest of them."""
+    """A mask of the n largest scores of all processes, of equal ones the first, and the smallest."""
     everyone, start = all_gather(score)
     if len(everyone) <= n:
         return torch.ones_like(score, dtype=torch.bool), everyone.amin() if len(everyone) else score.sum()
@@ -378,12 +380,14 @@ def largest(score, n):
 
 class CrossCoder(nn.Module, PyTorchModelHubMixin):
     """
-    A sparse dictionary over the activations of n_models models. encode, decode and forward take and return raw
-    activations. from_pretrained(path_or_hub), save_pretrained(path) and push_to_hub(name) are huggingface_hub's.
+    A sparse dictionary over the activations of n_models models. encode, decode and forward take and return
+    raw activations. from_pretrained(path_or_hub), save_pretrained(path) and push_to_hub(name) are
+    huggingface_hub's.
 
-    Parameters: W_enc, W_dec [d_hidden, n_models, d_model], b_enc [d_hidden], b_dec [n_models, d_model]. Buffers:
-    scale [n_models], sqrt(d_model) / mean norm of each model's activations; threshold [], what a score f * norm
-    must exceed in batchtopk's inference (eval mode), so that a token's code does not depend on its batch.
+    Parameters: W_enc, W_dec [d_hidden, n_models, d_model], b_enc [d_hidden], b_dec [n_models, d_model].
+    Buffers: scale [n_models], sqrt(d_model) / mean norm of each model's activations; threshold [], what a
+    score f * norm must exceed in batchtopk's inference (eval mode), so that a token's code does not depend on
+    its batch.
     """
 
     rows_at_once = 1024  # few enough that their pre-activations are picked from while in cache
@@ -401,7 +405,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def start_at(self, x, scale):
-        """Sets the scale [n_models] of a new model, and its biases by raw x, so that few latents die early."""
+        """Sets the scale [n_models] of a new model and, by raw x, its biases, so that few latents die."""
         self.scale.copy_(scale)
         self.b_dec.copy_(all_reduce(self.scaled(x).mean(0)) / world()[1])
         self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
@@ -415,7 +419,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         return self.W_dec.norm(dim=-1).sum(1)
 
     def product(self, x):
-        """Scaled x [batch, n_models * d_model] -> x @ W_enc.T [batch, d_hidden], on CUDA computed in bfloat16."""
+        """Scaled x [batch, n_models * d_model] -> x @ W_enc.T [batch, d_hidden], on CUDA in bfloat16."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             return (x @ self.W_enc.flatten(1).T).to(x.dtype)
 
@@ -448,10 +452,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def entries(self, product_of, n_rows, norm, cut, dead=(), k_aux=0):
         """
-        The latents whose score f * norm is over `cut`, in topk the k best of each row that are, as (row, col, f),
-        each [n]; alike, for the auxiliary loss, the k_aux of the latents `dead` with the largest pre-activations
-        in each row. product_of(i, j) gives x @ W_enc.T of rows i to j, a few at a time: [batch, d_hidden] is never
-        needed whole.
+        The latents whose score f * norm is over `cut`, in topk the k best of each row that are, as (row, col,
+        f), each [n]; alike, for the auxiliary loss, the k_aux of the latents `dead` with the largest
+        pre-activations in each row. product_of(i, j) gives x @ W_enc.T of rows i to j, a few at a time:
+        [batch, d_hidden] is never needed whole.
         """
         bound = 0.9999 * cut / norm - self.b_enc  # a hair low, for rounding; exact below
         best, aux = [], []
@@ -474,9 +478,9 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def pick(self, product_of, n_rows, norm, dead, k_aux, sparse):
         """
-        `entries` of a training batch. batchtopk keeps the k * batch largest scores of all processes' rows without
-        sorting all: what is under 0.9 of the last step's smallest is passed over at first, and looked at again if
-        too few are left. So the set is that of a full sort, whatever the last step's was.
+        `entries` of a training batch. batchtopk keeps the k * batch largest scores of all processes' rows
+        without sorting all: what is under 0.9 of the last step's smallest is passed over at first, and looked
+        at again if too few are left. So the set is that of a full sort, whatever the last step's was.
         """
         if self.variant != "batchtopk":
             # the dense step of vanilla needs no list of half of all latents
@@ -497,9 +501,9 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def losses(self, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead=(), sparse=True):
         """
-        The losses of a training batch x, raw [batch, n_models, d_model]: `loss`, to be minimised, and its parts,
-        all means over the batch of sums over the rest, of scaled activations. It is l2, in vanilla
-        + l1_coeff * l1, + aux_coeff * aux, in which the latents `dead` [n_dead] reconstruct what x_hat lacks.
+        The losses of a training batch x, raw [batch, n_models, d_model]: `loss`, to be minimised, and its
+        parts, all means over the batch of sums over the rest, of scaled activations. It is l2, in vanilla +
+        l1_coeff * l1, + aux_coeff * aux, in which the latents `dead` [n_dead] reconstruct what x_hat lacks.
         """
         x = self.scaled(x).flatten(1)
         W_enc, W_dec, norm = self.W_enc.flatten(1), self.W_dec.flatten(1), self.decoder_norm()
@@ -535,18 +539,18 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         return parts | dict(fired=fired, x=x, x_hat=x_hat)
 
 
-# --- Measures -------------------------------------------------------------------------------------------------
+# --- Measures -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def moments(x, x_hat):
-    """What explained_variance needs of [batch, n_models, d_model], float64; those of batches can be added up."""
+    """What explained_variance needs of [batch, n_models, d_model]; float64, can be added over batches."""
     error, square = ((y.norm(dim=-1).double() ** 2).sum(0) for y in (x - x_hat, x))
     return torch.cat([torch.stack([error, square, torch.full_like(error, len(x))], dim=1), x.sum(0)], dim=1)
 
 
 def explained_variance(moments):
-    """1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, a ratio of sums over all rows: of all, and per model."""
+    """1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, a ratio of sums over all rows; and per model."""
     error, square, rows = moments[:, :3].T
     variance = square - moments[:, 3:].square().sum(1) / rows
     each = zip("ABCDEFGH", (1 - error / variance).tolist())
@@ -586,7 +590,7 @@ def product_seconds(model, n_rows):
     return sorted(seconds[1:])[1]
 
 
-# --- Training -------------------------------------------------------------------------------------------------
+# --- Training -----------------------------------------------------------------------------------------------
 
 
 def warmup_factor(step, config):
@@ -619,7 +623,7 @@ def resolve(config):
 
 
 def write_atomically(path, write):
-    """write(another path), which is then renamed: at any moment `path` is wholly the old one or the new one."""
+    """write(another path), which is then renamed: `path` is always wholly the old or wholly the new."""
     part = path.with_name(path.name + ".part")
     write(part)
     os.replace(part, path)
