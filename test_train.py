@@ -634,6 +634,12 @@ def test_a_stream_trains_and_its_batches_are_rows_of_both_models(pairs):
     run("--data=stream", "--out_dir=out", "--steps=60", "--k=8", *given, *options)
     rows = [row for row in metrics("out") if "loss" in row]
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    read = torch.load("out/checkpoint.pt", weights_only=True)["texts_read"]
+    train.main(
+        "--resume=True --out_dir=out --steps=70".split()
+    )  # goes on at the texts that were not yet read
+    assert [row["step"] for row in metrics("out")][-3:] == [65, 70, 70]
+    assert torch.load("out/checkpoint.pt", weights_only=True)["texts_read"] != read
     collect.collect(collect_config(folder, n_tokens=10_000))
     stored = {tuple(row) for row in load_from_disk("acts/finetuned")["activation"]}
     stream = collect.Stream(collect_config(folder, batch_size=64, val_tokens=10))

@@ -249,13 +249,13 @@ class Store:
             if (a != b).any():
                 i = np.argmax(a != b)
                 fail(f"{path} is not aligned: {name} first differs in row {i}, {a[i]} and {b[i]}")
+        self.n_train = self.n_rows - config["val_tokens"]
+        if self.n_train < config["batch_size"]:
+            fail(f"{path} has {self.n_rows} rows, less than --val_tokens and one --batch_size")
         chunks = [[chunk for chunk in table["activation"].chunks if len(chunk)] for table in tables]
         self.views = [[c.flatten().to_numpy().reshape(len(c), -1) for c in part] for part in chunks]
         self.starts = [np.cumsum([0] + [len(view) for view in part]) for part in self.views]  # first rows
         self.n_models, self.d_model = len(tables), self.views[0][0].shape[1]
-        self.n_train = self.n_rows - config["val_tokens"]
-        if self.n_train < config["batch_size"]:
-            fail(f"{path} has {self.n_rows} rows, less than --val_tokens and one --batch_size")
         if (path / "meta.json").exists():
             self.scale = torch.tensor(json.loads((path / "meta.json").read_text())["scale"])
         else:
@@ -606,7 +606,7 @@ def lr_factor(step, config):
 def resolve(config):
     """The config with its by-rule values filled in; ends the program if a value cannot be."""
     require(config, "steps batch_size d_hidden k k_aux log_every")
-    if config["k"] > config["d_hidden"]:
+    if config["k"] > config["d_hidden"] and config["variant"] != "vanilla":
         fail(f"--k={config['k']} is larger than --d_hidden={config['d_hidden']}")
     if config["batch_size"] % world()[1]:
         fail(f"--batch_size={config['batch_size']} is no multiple of the number of processes, {world()[1]}")
@@ -692,9 +692,8 @@ def train(config, checkpoint=None):
         out = Path(config["out_dir"]) if checkpoint else start_run(config)
         config["out_dir"] = str(out)
         print("\n".join(f"{key} = {value!r}" for key, value in config.items()))
-    model = CrossCoder(data.n_models, data.d_model, config["d_hidden"], config["variant"], config["k"]).to(
-        device
-    )
+    size = (data.n_models, data.d_model, config["d_hidden"])
+    model = CrossCoder(*size, config["variant"], config["k"]).to(device)
     betas = (config["beta1"], config["beta2"])
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
