@@ -68,15 +68,11 @@ choices = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
 
 def load(key, config):
     """The model and the tokenizer of config[key]."""
-    remote = dict(trust_remote_code=config["trust_remote_code"])
+    remote, dtype = dict(trust_remote_code=config["trust_remote_code"]), getattr(torch, config["dtype"])
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config[key], dtype=getattr(torch, config["dtype"]), **remote
-        )
+        model = AutoModelForCausalLM.from_pretrained(config[key], dtype=dtype, **remote)
         return model.eval(), AutoTokenizer.from_pretrained(config[key], **remote)
-    except (
-        Exception
-    ) as e:  # transformers raises many kinds for a name, a folder or a network that is not there
+    except Exception as e:  # of many kinds, for a name, a folder or a network that is not there
         fail(f"--{key}={config[key]} cannot be loaded: {str(e).strip().splitlines()[0]}")
 
 
@@ -87,14 +83,10 @@ def find_hook(model, config):
         if hook not in modules:
             fail(f"--hook={hook}: no such module; near: {', '.join(get_close_matches(hook, modules, 3, 0))}")
         return hook
-    size = {
-        path: sum(p.numel() for p in m.parameters())
-        for path, m in modules.items()
-        if isinstance(m, nn.ModuleList)
-    }
-    if not size:
+    lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList)]
+    if not lists:
         fail("the model has no list of blocks: give a module's path by --hook")
-    blocks = max(size, key=size.get)
+    blocks = max(lists, key=lambda path: sum(p.numel() for p in modules[path].parameters()))
     if config["layer"] >= len(modules[blocks]):
         fail(f"--layer={config['layer']}: the model has {len(modules[blocks])} layers, the first is 0")
     hook = f"{blocks}.{config['layer']}" + (".mlp" if config["site"] == "mlp" else "")
@@ -315,9 +307,8 @@ def join(parts, out):
         if (part / "data-00000-of-00001.arrow").exists():
             os.replace(part / "data-00000-of-00001.arrow", out / name)
     state = json.loads((out / "state.json").read_text())
-    (out / "state.json").write_text(
-        json.dumps(state | dict(_data_files=[dict(filename=name) for name in names]))
-    )
+    state["_data_files"] = [dict(filename=name) for name in names]
+    (out / "state.json").write_text(json.dumps(state))
 
 
 def collect(config):
@@ -332,10 +323,8 @@ def collect(config):
     if (building / "config.json").exists() and json.loads((building / "config.json").read_text()) != same:
         fail(f"{building} holds an unfinished store of other arguments: delete it, or give another --out_dir")
     harvest = Harvest(config)
-    need, free = (
-        config["n_tokens"] * 2 * (2 * harvest.d_model + 12),
-        shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free,
-    )
+    need = config["n_tokens"] * 2 * (2 * harvest.d_model + 12)  # bytes
+    free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
     if need > free:
         fail(f"--n_tokens={config['n_tokens']} takes {need / 1e9:.1f} GB; free: {free / 1e9:.1f} GB")
     building.mkdir(parents=True, exist_ok=True)
@@ -358,14 +347,11 @@ def collect(config):
             n_rows += new
         if not n_rows:
             break
-        rows = {
-            name: torch.cat([block[name] for block in blocks])[: quota - state["tokens"]]
-            for name in blocks[0]
-        }
-        order = np.random.default_rng([config["seed"], rank, part]).permutation(len(rows["doc"]))
-        rows = {name: column[order] for name, column in rows.items()}
+        kept = min(n_rows, quota - state["tokens"])
+        order = np.random.default_rng([config["seed"], rank, part]).permutation(kept)
+        rows = {name: torch.cat([block[name] for block in blocks])[order] for name in blocks[0]}
         norm_sum = (torch.tensor(state["norm_sum"]).double() + rows["norm"].double().sum(0)).tolist()
-        state |= dict(tokens=state["tokens"] + len(order), norm_sum=norm_sum, dropped=dict(harvest.dropped))
+        state |= dict(tokens=state["tokens"] + kept, norm_sum=norm_sum, dropped=dict(harvest.dropped))
         write_part(building / f"{part:06d}-{rank:03d}", rows, docs, state)
     bar.close()
     if dist.is_initialized():
@@ -377,13 +363,9 @@ def collect(config):
 def finish(config, harvest, building, out):
     """Makes the store of its finished parts."""
     parts = sorted(building.glob("*-[0-9][0-9][0-9]"))
-    last = {
-        path.name[-3:]: json.loads((path / "state.json").read_text()) for path in parts
-    }  # of each process
-    tokens, dropped = (
-        sum(state["tokens"] for state in last.values()),
-        sum((Counter(s["dropped"]) for s in last.values()), Counter()),
-    )
+    last = {path.name[-3:]: json.loads((path / "state.json").read_text()) for path in parts}  # by process
+    tokens = sum(state["tokens"] for state in last.values())
+    dropped = sum((Counter(state["dropped"]) for state in last.values()), Counter())
     if not tokens:
         fail(f"--text={config['text']} yields no token to keep; dropped: {dict(harvest.dropped)}")
     furthest = max(last, key=lambda rank: last[rank]["docs"])  # each process lists all docs up to its last
@@ -391,6 +373,7 @@ def finish(config, harvest, building, out):
         join([part / name for part in parts], building / "store" / name)
     join([part / "docs" for part in parts if part.name.endswith(furthest)], building / "store" / "docs")
     norm_sum = np.sum([state["norm_sum"] for state in last.values()], axis=0)
+    versions = ["torch", "transformers", "nnsight", "datasets"]
     meta = dict(
         config,
         hooks=harvest.hooks,
@@ -399,10 +382,7 @@ def finish(config, harvest, building, out):
         scale=(harvest.d_model**0.5 / (norm_sum / tokens)).tolist(),
         dropped=dropped,
         tokenizer=config["finetuned"],
-        versions={
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "nnsight", "datasets")
-        },
+        versions={name: importlib.metadata.version(name) for name in versions},
     )
     (building / "store" / "meta.json").write_text(json.dumps(meta, indent=1))
     os.replace(building / "store", out)

@@ -588,6 +588,28 @@ def test_every_dropped_token_is_counted_by_its_reason_and_an_overflow_is_no_inf(
         assert np.isfinite(np.array(load_from_disk(f"acts/{name}")["activation"])).all()
 
 
+def test_a_collection_that_was_cut_off_goes_on_and_ends_with_the_same_store(pairs, monkeypatch):
+    config = collect_config(pairs["llama"][0])
+    collect.collect(config | dict(out_dir="whole"))
+    real, written = collect.write_part, []
+
+    def dies_at_the_second(path, *args):
+        written.append(path)
+        return real(path, *args) if len(written) != 2 else 1 / 0
+
+    monkeypatch.setattr(collect, "write_part", dies_at_the_second)
+    with pytest.raises(ZeroDivisionError):
+        collect.collect(config | dict(out_dir="cut"))
+    assert not Path("cut").exists(), "what is half-written is not taken for a store"
+    collect.collect(config | dict(out_dir="cut"))
+    assert len(written) == 3, "the first part was not made again"
+    for name in ("base", "finetuned", "docs"):
+        whole, cut = (load_from_disk(f"{out}/{name}") for out in ("whole", "cut"))
+        assert whole.to_dict() == cut.to_dict()
+    whole, cut = (json.loads(Path(out, "meta.json").read_text()) for out in ("whole", "cut"))
+    assert whole | dict(out_dir="cut") == cut and not Path("cut.building").exists()
+
+
 def test_activations_stop_early_and_work_for_any_module_even_one_that_returns_a_tuple(pairs):
     folder, _ = pairs["gpt2"]
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/base").eval()

@@ -567,12 +567,8 @@ def validate(model, blocks, l1_coeff):
         product_of = lambda i, j, x=x: model.product(x.flatten(1)[i:j])
         (row, col, f), _ = model.entries(product_of, len(x), norm, model.threshold)
         x_hat = times(csr(row, col, f, len(x), len(norm)), W_dec).view_as(x) + model.b_dec
-        n_rows, l1, fired = (
-            n_rows + len(x),
-            l1 + f @ norm[col],
-            fired + torch.bincount(col, minlength=len(norm)),
-        )
-        seen = seen + moments(x, x_hat)
+        n_rows, l1, seen = n_rows + len(x), l1 + f @ norm[col], seen + moments(x, x_hat)
+        fired = fired + torch.bincount(col, minlength=len(norm))
     l2_loss, l1_loss, l0_loss = (total.item() / n_rows for total in (seen[:, 0].sum(), l1, fired.sum()))
     loss = l2_loss + l1_coeff * l1_loss if model.variant == "vanilla" else l2_loss
     row = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss)
@@ -705,11 +701,8 @@ def train(config, checkpoint=None):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["random_state"])
-        since_fired, share, start = (
-            checkpoint["since_fired"].to(device),
-            checkpoint["share"],
-            checkpoint["step"],
-        )
+        since_fired = checkpoint["since_fired"].to(device)
+        share, start = checkpoint["share"], checkpoint["step"]
     else:
         model.start_at(data.batch(0).to(device), data.scale.to(device))
     log = Log(out, config, checkpoint) if is_main else lambda *_: None
@@ -754,10 +747,9 @@ def train(config, checkpoint=None):
             log(step, row, "val/")
         if is_main and due(config["save_every"]):
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= dict(
-                step=step, since_fired=since_fired, share=share, config=config, wandb_id=log.wandb.id
-            )
-            state |= dict(random_state=torch.get_rng_state(), texts_read=getattr(data, "texts_read", 0))
+            state |= dict(step=step, config=config, since_fired=since_fired, share=share)
+            state |= dict(wandb_id=log.wandb.id, random_state=torch.get_rng_state())
+            state["texts_read"] = getattr(data, "texts_read", 0)
             write_atomically(out / "checkpoint.pt", lambda part, state=state: torch.save(state, part))
 
     if is_main:
