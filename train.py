@@ -577,13 +577,14 @@ def validate(model, blocks, l1_coeff):
 
 def product_seconds(model, n_rows):
     """Seconds of the encoder's product alone: no exact step can take less."""
-    x, seconds = torch.randn(n_rows, model.W_enc[0].numel(), device=model.b_dec.device), []
+    n, seconds = min(n_rows, model.rows_at_once), []
+    x = torch.randn(n, model.W_enc[0].numel(), device=model.b_dec.device)
     for _ in range(4):
         start = time.perf_counter()
         with torch.no_grad():
             model.product(x)[0, 0].item()  # .item() waits for the device
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds[1:])[1]
+    return sorted(seconds[1:])[1] * n_rows / n
 
 
 # --- Training -----------------------------------------------------------------------------------------------
