@@ -176,11 +176,12 @@ class Harvest:
                 said = f"{ids_of_base[:8]}... in base and {ids[:8]}... in finetuned"
                 fail(f"the two models have different vocabularies: text {number} is {said}")
         self.largest_norm = torch.full((2,), torch.inf)
-        norms = torch.cat([block["norm"] for block in self.run(docs[: self.texts_at_once], 0)])
+        blocks = self.run(docs[: self.texts_at_once], 0)
+        norms = torch.cat([torch.empty(0, 2), *(block["norm"] for block in blocks)])
         if not len(norms):
             fail(f"--text={config['text']}: no token of its first texts is left: {dict(self.dropped)}")
         self.largest_norm = config["max_norm_ratio"] * norms.median(dim=0).values
-        self.d_model, self.dropped = self.run(docs[:1], 0)[0]["x"].shape[-1], Counter()
+        self.d_model, self.dropped = blocks[0]["x"].shape[-1], Counter()
 
     def groups(self, first_text=0, first_doc=0):
         """
@@ -200,11 +201,8 @@ class Harvest:
         float16, norm [row, model], token, doc and pos [row]. What is dropped is counted by the first reason
         that holds.
         """
-        by_length, size = (
-            sorted(range(len(docs)), key=lambda i: len(docs[i][1])),
-            self.config["texts_per_batch"],
-        )
-        blocks = []
+        by_length = sorted(range(len(docs)), key=lambda i: len(docs[i][1]))
+        size, blocks = self.config["texts_per_batch"], []
         for batch in (by_length[i : i + size] for i in range(0, len(docs), size)):
             ids = nn.utils.rnn.pad_sequence([torch.tensor(docs[i][1]) for i in batch], batch_first=True)
             pos = torch.arange(ids.shape[1]).expand_as(ids)

@@ -268,7 +268,8 @@ class Store:
 
     def read(self, rows):
         """The activations [len(rows), n_models, d_model] of those rows, float32."""
-        x = np.empty((len(rows), self.n_models, self.d_model), self.views[0][0].dtype)
+        dtype = np.result_type(*(views[0] for views in self.views))  # torch converts faster than numpy
+        x = np.empty((len(rows), self.n_models, self.d_model), dtype)
         for model, (views, starts) in enumerate(zip(self.views, self.starts)):
             chunk = np.searchsorted(starts, rows, side="right") - 1
             for i, (c, row) in enumerate(zip(chunk.tolist(), (rows - starts[chunk]).tolist())):
