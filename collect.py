@@ -266,7 +266,7 @@ class Stream:
                 self.scale = (self.d_model**0.5 / (all_reduce(mean) / world()[1])).float()
             x = x[torch.randperm(n, generator=generator)]
             while len(x) >= max(capacity // 2, size):
-                yield x[:size].float()
+                yield x[:size]
                 x = x[size:]
             blocks, n = [x], len(x)
 

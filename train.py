@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages save a tenth of a step; read by torch once
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -260,21 +262,21 @@ class Store:
             self.scale = torch.tensor(json.loads((path / "meta.json").read_text())["scale"])
         else:
             x = self.read(np.linspace(0, self.n_train - 1, min(self.n_train, 65536)).astype(int))
-            self.scale = self.d_model**0.5 / x.norm(dim=-1).mean(0)
+            self.scale = self.d_model**0.5 / x.float().norm(dim=-1).mean(0)
 
     @functools.lru_cache(2)  # noqa: B019
     def order(self, epoch):
         return np.random.default_rng([self.config["seed"], epoch]).permutation(self.n_train)
 
     def read(self, rows):
-        """The activations [len(rows), n_models, d_model] of those rows, float32."""
-        dtype = np.result_type(*(views[0] for views in self.views))  # torch converts faster than numpy
+        """The activations [len(rows), n_models, d_model] of those rows, in the store's float type."""
+        dtype = np.result_type(*(views[0] for views in self.views))
         x = np.empty((len(rows), self.n_models, self.d_model), dtype)
         for model, (views, starts) in enumerate(zip(self.views, self.starts)):
             chunk = np.searchsorted(starts, rows, side="right") - 1
             for i, (c, row) in enumerate(zip(chunk.tolist(), (rows - starts[chunk]).tolist())):
                 x[i, model] = views[c][row]
-        return torch.from_numpy(x).float()
+        return torch.from_numpy(x)
 
     def batch(self, step):
         rank, n = world()
@@ -316,30 +318,42 @@ def prefetched(data, steps, device):
 # --- Crosscoder ---------------------------------------------------------------------------------------------
 
 
-class SparseCode(torch.autograd.Function):
+class SparseLosses(torch.autograd.Function):
     """
-    f and f @ W_dec, where the code f is given by its entries at (row, col): x @ W_enc.T + b_enc, computed
-    already by whoever chose them. Exact: what ReLU or TopK set to 0 has no gradient, so all that is left out
-    are dense autograd's products with 0. x [batch, d], W_enc and W_dec [d_hidden, d], row, col, f [n], sorted
-    by row.
+    The code f and the squared errors of what it decodes to, by the entries of f at (row, col) alone. They are
+    x @ W_enc.T + b_enc, computed already by whoever chose them. Exact: what ReLU or TopK set to 0 has no
+    gradient, so all that is left out are dense autograd's products with 0.
+
+    x [batch, d], W_enc and W_dec [d_hidden, d], row, col and f [n], sorted by row. Entries of the auxiliary
+    code are in rows batch to 2 * batch, and reconstruct what the code in row - batch leaves of x. Returns f,
+    the means over the batch of squared errors, [1] or with an auxiliary code [2], and errors x_hat - x.
     """
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, row, col, f):
-        ctx.save_for_backward(x, W_dec, row, col, f)
-        return f.clone(), times(csr(row, col, f, len(x), len(W_dec)), W_dec)
+    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, row, col, f, has_aux):
+        code = csr(row, col, f, len(x) * (1 + has_aux), len(W_dec))
+        error = times(code, W_dec)
+        error[: len(x)].add_(b_dec).sub_(x)
+        error[len(x) :].add_(error[: len(x)] if has_aux else 0)
+        ctx.save_for_backward(x, W_dec, row, col, f, code, error)
+        ctx.mark_non_differentiable(error)
+        squares = error.norm(dim=1).square().view(-1, len(x)).mean(1)
+        return f.clone(), squares, error
 
     @staticmethod
-    def backward(ctx, grad_f, grad_out):
-        x, W_dec, row, col, f = ctx.saved_tensors
-        pattern = csr(row, col, torch.zeros_like(f), len(x), len(W_dec))
-        grad_f = grad_f + torch.sparse.sampled_addmm(pattern, grad_out, W_dec.T, beta=0).values()
+    def backward(ctx, grad_f, grad_squares, _):
+        x, W_dec, row, col, f, code, error = ctx.saved_tensors
+        grad_error = 2 / len(x) * grad_squares
+        part = row // len(x)
+        weight = grad_error[part]
+        grad_f = grad_f + weight * torch.sparse.sampled_addmm(code, error, W_dec.T, beta=0).values()
         at = col.argsort(stable=True)  # the transpose: sorted by column
-        row, col, f, grad_f = row[at], col[at], f[at], grad_f[at]
-        grad_W_dec = times(csr(col, row, f, len(W_dec), len(x)), grad_out)
-        grad_W_enc = times(csr(col, row, grad_f, len(W_dec), len(x)), x)
+        row, token, col, f, grad_f = (y[at] for y in (row, row - part * len(x), col, weight * f, grad_f))
+        grad_W_dec = times(csr(col, row, f, len(W_dec), len(error)), error)
+        grad_W_enc = times(csr(col, token, grad_f, len(W_dec), len(x)), x)
         grad_b_enc = grad_f.new_zeros(len(W_dec)).index_add(0, col, grad_f)
-        return None, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None
+        grad_b_dec = grad_error[0] * error[: len(x)].sum(0)
+        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None, None, None
 
 
 def csr(row, col, values, n_rows, n_cols):
@@ -353,19 +367,17 @@ def times(sparse, dense):
     return torch.addmm(out, sparse, dense, beta=0, out=out)
 
 
-def where_true(mask):
-    """Where a flat mask, of which little is True, is so: looked for eight at a time, as one int64."""
+def where_over(x, bound):
+    """
+    Where the flattened x [n, m] is over bound [m], as little is. On a CPU it is faster to compare into floats
+    than into bools, and to look for bools eight at a time, as one int64.
+    """
+    mask = torch.gt(x, bound, out=torch.empty_like(x)).bool().flatten()
     if len(mask) % 8:
         return mask.nonzero().flatten()
     eights = mask.view(torch.int64).nonzero().flatten()
-    i, j = mask.view(-1, 8)[eights].nonzero().T
-    return eights[i] * 8 + j
-
-
-def unroll(columns):
-    """(row, col) of the entries whose columns are listed row by row in [n_rows, n], sorted."""
-    rows = torch.arange(len(columns), device=columns.device).repeat_interleave(columns.shape[1])
-    return rows, columns.sort(dim=1).values.flatten()
+    at = mask.view(-1, 8).index_select(0, eights).flatten().nonzero().flatten()
+    return eights[at >> 3] * 8 + (at & 7)
 
 
 def largest(score, n):
@@ -412,8 +424,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
 
     def scaled(self, x):
-        """Raw activations [batch, n_models, d_model] -> those of norm sqrt(d_model) on average."""
-        return x * self.scale[:, None]
+        """Raw activations [batch, n_models, d_model] of any float type -> of mean norm sqrt(d_model)."""
+        return (x * self.scale[:, None]).to(self.scale.dtype)
 
     def decoder_norm(self):
         """[d_hidden]: sum over the models of the norms of a latent's decoder vectors."""
@@ -462,22 +474,28 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         best, aux = [], []
         for start in range(0, n_rows, self.rows_at_once):
             product = product_of(start, start + self.rows_at_once)
-            values = lambda row, col: (start + row, col, product[row, col] + self.b_enc[col])  # noqa: B023
+            first = torch.arange(len(product), device=product.device)[:, None] * len(
+                norm
+            )  # flat, of each row
             if self.variant == "topk":
                 score = torch.addcmul(self.b_enc * norm, product, norm)
-                best.append(values(*unroll(score.topk(self.k, dim=1).indices)))
+                found = [first + score.topk(self.k, dim=1).indices.sort(dim=1).values]
             else:
-                at = where_true((product > bound).flatten())
-                best.append(values(at // len(norm), at % len(norm)))
+                found = [where_over(product, bound)]
             if len(dead):
-                at = (product[:, dead] + self.b_enc[dead]).topk(min(k_aux, len(dead)), dim=1).indices
-                aux.append(values(*unroll(dead[at])))
+                top = (product[:, dead] + self.b_enc[dead]).topk(min(k_aux, len(dead)), dim=1).indices
+                found.append(first + dead[top].sort(dim=1).values)
+            for at, parts in zip(found, (best, aux)):
+                at = at.flatten()
+                row = at // len(norm)
+                col = at - row * len(norm)  # cheaper than %
+                parts.append((start + row, col, product.take(at) + self.b_enc[col]))
         best, aux = ([torch.cat(column) for column in zip(*parts)] for parts in (best, aux))
         row, col, f = best
         keep = (f * norm[col] > cut).nonzero().flatten()
         return (row[keep], col[keep], f[keep]), aux
 
-    def pick(self, product_of, n_rows, norm, dead, k_aux, sparse):
+    def pick(self, product_of, n_rows, norm, sparse, **auxiliary):
         """
         `entries` of a training batch. batchtopk keeps the k * batch largest scores of all processes' rows
         without sorting all: what is under 0.9 of the last step's smallest is passed over at first, and looked
@@ -486,14 +504,14 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         if self.variant != "batchtopk":
             # the dense step of vanilla needs no list of half of all latents
             cut = 0 if sparse or self.variant == "topk" else math.inf
-            return self.entries(product_of, n_rows, norm, cut, dead, k_aux)
+            return self.entries(product_of, n_rows, norm, cut, **auxiliary)
         n_keep, guess = self.k * n_rows * world()[1], self.last_smallest
         if guess is None:
             some = ((product_of(0, 32) + self.b_enc) * norm).flatten()
             guess = some.detach().topk(min(self.k * 32, len(some))).values[-1].clamp_min(0)
             guess = all_reduce(guess, dist.ReduceOp.MIN)
         for cut in (0.9 * guess, 0.5 * guess, 0 * guess):
-            (row, col, f), aux = self.entries(product_of, n_rows, norm, cut, dead, k_aux)
+            (row, col, f), aux = self.entries(product_of, n_rows, norm, cut, **auxiliary)
             if all_reduce(torch.tensor(len(f), device=f.device)) >= n_keep:
                 break
         keep, self.last_smallest = largest(f * norm[col], n_keep)
@@ -510,43 +528,44 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         W_enc, W_dec, norm = self.W_enc.flatten(1), self.W_dec.flatten(1), self.decoder_norm()
         product = None if sparse else self.product(x)
         product_of = lambda i, j: self.product(x[i:j]) if sparse else product[i:j]
-        (row, col, f), aux = self.pick(product_of, len(x), norm.detach(), dead, k_aux, sparse)
+        auxiliary = dict(dead=dead, k_aux=k_aux) if sparse else {}
+        (row, col, f), aux = self.pick(product_of, len(x), norm.detach(), sparse, **auxiliary)
         if sparse:
-            n, rows = len(f), x
-            if len(dead):  # as further rows of the same product: one gradient of each weight instead of two
+            n = len(f)
+            if len(dead):
                 row, col, f = (torch.cat(pair) for pair in zip((row, col, f), (len(x) + aux[0], *aux[1:])))
-                rows = x.repeat(2, 1)
-            f, out = SparseCode.apply(rows, W_enc, self.b_enc, W_dec, row, col, f)
-            (out, *error_hat), f, col = out.split(len(x)), f[:n], col[:n]
+            weights = W_enc, self.b_enc, W_dec, self.b_dec.flatten()
+            f, squares, error = SparseLosses.apply(x, *weights, row, col, f, len(dead) > 0)
+            f, col = f[:n], col[:n]
             l1_loss, l0_loss = f @ norm[col] / len(x), torch.tensor(n / len(x), device=x.device)
             fired = torch.zeros_like(norm, dtype=torch.bool).index_fill(0, col, True)
         else:
             f = F.relu(product + self.b_enc)
             if self.variant != "vanilla":
                 f = torch.zeros_like(f).index_put((row, col), f[row, col])
-            out, l1_loss, active = f @ W_dec, (f @ norm).mean(), f > 0
+            error = f @ W_dec + self.b_dec.flatten() - x
+            l1_loss, active, squares = (f @ norm).mean(), f > 0, [error.square()]
             l0_loss, fired = active.sum() / len(x), active.any(0)
-            error_hat = [SparseCode.apply(x, W_enc, self.b_enc, W_dec, *aux)[1]] if len(dead) else []
-        x_hat = out + self.b_dec.flatten()
-        l2_loss = F.mse_loss(x_hat, x, reduction="sum") / len(x)
-        loss = l2_loss + l1_coeff * l1_loss if self.variant == "vanilla" else l2_loss
-        aux_loss = torch.zeros_like(l2_loss)
-        if error_hat:
-            aux_loss = F.mse_loss(error_hat[0], (x - x_hat).detach(), reduction="sum") / len(x)
-            aux_loss = aux_loss * min(len(dead) / k_aux, 1)
-            loss = loss + aux_coeff * aux_loss
+            if len(dead):
+                pre = product[:, dead] + self.b_enc[dead]
+                top = pre.topk(min(k_aux, len(dead)), dim=1).indices
+                f = torch.zeros_like(pre).scatter(1, top, pre.gather(1, top))
+                squares.append((f @ W_dec[dead] + error.detach()).square())
+            squares = torch.stack([square.sum() / len(x) for square in squares])
+        l2_loss, aux_loss = squares[0], squares[1:].sum() * min(len(dead) / k_aux, 1)
+        loss = l2_loss + aux_coeff * aux_loss + (l1_coeff * l1_loss if self.variant == "vanilla" else 0)
         parts = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss, aux_loss=aux_loss)
-        x, x_hat = (y.unflatten(1, self.b_dec.shape) for y in (x, x_hat))
-        return parts | dict(fired=fired, x=x, x_hat=x_hat)
+        x, error = (y.unflatten(1, self.b_dec.shape) for y in (x, error))
+        return parts | dict(fired=fired, x=x, error=error)
 
 
 # --- Measures -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def moments(x, x_hat):
-    """What explained_variance needs of [batch, n_models, d_model]; float64, can be added over batches."""
-    error, square = ((y.norm(dim=-1).double() ** 2).sum(0) for y in (x - x_hat, x))
+def moments(x, error):
+    """What explained_variance needs of x and x_hat - x [batch, n_models, d_model]; adds up over batches."""
+    error, square = ((y.norm(dim=-1).double() ** 2).sum(0) for y in (error, x))
     return torch.cat([torch.stack([error, square, torch.full_like(error, len(x))], dim=1), x.sum(0)], dim=1)
 
 
@@ -568,7 +587,7 @@ def validate(model, blocks, l1_coeff):
         product_of = lambda i, j, x=x: model.product(x.flatten(1)[i:j])
         (row, col, f), _ = model.entries(product_of, len(x), norm, model.threshold)
         x_hat = times(csr(row, col, f, len(x), len(norm)), W_dec).view_as(x) + model.b_dec
-        n_rows, l1, seen = n_rows + len(x), l1 + f @ norm[col], seen + moments(x, x_hat)
+        n_rows, l1, seen = n_rows + len(x), l1 + f @ norm[col], seen + moments(x, x_hat - x)
         fired = fired + torch.bincount(col, minlength=len(norm))
     l2_loss, l1_loss, l0_loss = (total.item() / n_rows for total in (seen[:, 0].sum(), l1, fired.sum()))
     loss = l2_loss + l1_coeff * l1_loss if model.variant == "vanilla" else l2_loss
@@ -738,7 +757,7 @@ def train(config, checkpoint=None):
             names = ["loss", "l2_loss", "l1_loss", "l0_loss", "aux_loss"]
             means = all_reduce(torch.stack([losses[name].detach() for name in names])) / world()[1]
             row = dict(zip(names, means.tolist()))
-            row |= explained_variance(all_reduce(moments(losses["x"], losses["x_hat"])))
+            row |= explained_variance(all_reduce(moments(losses["x"], losses["error"])))
             row |= dict(l1_coeff=l1_coeff, lr=lr, dead_latents=len(dead), grad_norm=grad_norm.item())
             seconds = (time.perf_counter() - logged_at) / (step - logged_step)
             row |= dict(threshold=model.threshold.item(), tokens=step * batch_size)
