@@ -403,7 +403,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     its batch.
     """
 
-    rows_at_once = 1024  # few enough that their pre-activations are picked from while in cache
+    rows_at_once = 512  # few enough that their pre-activations are picked from while in cache
 
     def __init__(self, n_models: int, d_model: int, d_hidden: int, variant: str = "batchtopk", k: int = 32):
         super().__init__()
@@ -740,8 +740,8 @@ def train(config, checkpoint=None):
         terms = dict(l1_coeff=l1_coeff, aux_coeff=config["aux_coeff"], k_aux=config["k_aux"])
         auto = device.type == "cpu" and share < 0.04  # where the two steps cost the same
         sparse = auto if config["sparse"] == "auto" else config["sparse"] == "True"
-        losses = parallel(x, **terms, dead=dead if config["aux_coeff"] else dead[:0], sparse=sparse)
         optimizer.zero_grad()
+        losses = parallel(x, **terms, dead=dead if config["aux_coeff"] else dead[:0], sparse=sparse)
         losses["loss"].backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
         optimizer.step()
