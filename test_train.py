@@ -108,7 +108,8 @@ def plain_losses(model, x, l1_coeff, aux_coeff, k_aux, dead):
         e_hat = torch.einsum("bh,hmd->bmd", code, model.W_dec[dead])
         aux = ((x - x_hat).detach() - e_hat).pow(2).sum((1, 2)).mean() * min(len(dead) / k_aux, 1)
         loss = loss + aux_coeff * aux
-    return dict(loss=loss, l2_loss=l2, l1_loss=l1, aux_loss=aux, l0_loss=(f > 0).sum(1).double().mean(), f=f)
+    l0 = (f > 0).sum(1).double().mean()
+    return dict(loss=loss, l2_loss=l2, l1_loss=l1, aux_loss=aux, l0_loss=l0, f=f, error=x_hat - x)
 
 
 def test_losses_of_one_token_by_hand():
@@ -147,6 +148,7 @@ def test_losses_and_gradients_equal_plain_dense_autograd(variant, n_dead, sparse
             expected[name].item(), rel=1e-6 if name == "l0_loss" else 1e-12
         )
     assert torch.equal(losses["fired"], (expected["f"] > 0).any(0))
+    torch.testing.assert_close(losses["error"], expected["error"])
     losses["loss"].backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, gradients[name], rtol=1e-10, atol=1e-12)

@@ -555,7 +555,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         l2_loss, aux_loss = squares[0], squares[1:].sum() * min(len(dead) / k_aux, 1)
         loss = l2_loss + aux_coeff * aux_loss + (l1_coeff * l1_loss if self.variant == "vanilla" else 0)
         parts = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss, aux_loss=aux_loss)
-        x, error = (y.unflatten(1, self.b_dec.shape) for y in (x, error))
+        x, error = (y.unflatten(1, self.b_dec.shape) for y in (x, error[: len(x)]))
         return parts | dict(fired=fired, x=x, error=error)
 
 
