@@ -68,7 +68,7 @@ choices = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
 
 def load(key, config):
     """The model and the tokenizer of config[key]."""
-    remote, dtype = dict(trust_remote_code=config["trust_remote_code"]), getattr(torch, config["dtype"])
+    remote, dtype = (dict(trust_remote_code=config["trust_remote_code"]), getattr(torch, config["dtype"]))
     try:
         model = AutoModelForCausalLM.from_pretrained(config[key], dtype=dtype, **remote)
         return model.eval(), AutoTokenizer.from_pretrained(config[key], **remote)
@@ -108,12 +108,60 @@ def activations(model, hook, input_ids, attention_mask):
     return out if isinstance(out, torch.Tensor) else out[0]  # attention modules return tuples
 
 
+@torch.no_grad()
+def cross_entropy(model, hook, input_ids, attention_mask, replacement=None):
+    """
+    Sum over the tokens of an NNsight model's next-token cross-entropy in nats, if `replacement` [batch,
+    position, d_model] is given with that as the output of the module `hook`.
+    """
+    module = model.get(hook)
+    with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False):
+        if replacement is not None:
+            out = module.output
+            (out if isinstance(out, torch.Tensor) else out[0])[:] = replacement
+        logits = model.output.logits.save()
+    targets = input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
+    return nn.functional.cross_entropy(logits[:, :-1].float().mT, targets, reduction="sum").double()
+
+
+def loss_recovered(crosscoder, data, n_docs=16):
+    """
+    Metrics of both models on texts of held-out rows of the Store `data`: cross-entropy per token as it is
+    (clean), with the crosscoder's reconstruction spliced in at the hook, and with 0 there; loss_recovered is
+    (zero - spliced) / (zero - clean). Positions that the store left out, as the first, stay as they are.
+    """
+    config = data.meta | dict(trust_remote_code=False)
+    models = [NNsight(load(key, config)[0].to(crosscoder.scale.device)) for key in ("base", "finetuned")]
+    chosen = np.unique(data.doc[data.n_train :])[:n_docs]
+    sums, n_targets = torch.zeros(2, 3, dtype=torch.double), 0
+    for docs in np.split(chosen, range(4, len(chosen), 4)):
+        texts = [torch.tensor(data.docs[int(doc)]["input_ids"]) for doc in docs]
+        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
+        rows = np.isin(data.doc, docs)
+        kept = torch.zeros_like(mask)
+        kept[np.searchsorted(docs, data.doc[rows]), data.pos[rows].astype(int)] = True
+        inputs = [y.to(crosscoder.scale.device) for y in (ids, mask.long())]
+        x = torch.stack([activations(*pair, *inputs) for pair in zip(models, data.meta["hooks"])], dim=2)
+        spliced, zero = x.clone(), x.clone()
+        spliced[kept], zero[kept] = crosscoder(x[kept]).to(x.dtype), 0
+        for m, (model, hook) in enumerate(zip(models, data.meta["hooks"])):
+            for i, replacement in enumerate((None, spliced[:, :, m], zero[:, :, m])):
+                sums[m, i] += cross_entropy(model, hook, *inputs, replacement).cpu()
+        n_targets += mask[:, 1:].sum().item()
+    found = {}
+    for name, (clean, spliced, zero) in zip("AB", (sums / n_targets).tolist()):
+        found |= {f"ce_clean_{name}": clean, f"ce_spliced_{name}": spliced, f"ce_zero_{name}": zero}
+        found[f"loss_recovered_{name}"] = (zero - spliced) / (zero - clean)
+    return found
+
+
 # --- Text ---------------------------------------------------------------------------------------------------
 
 
 def read_texts(config, tokenizer):
     """(number of the text, text, whether it has its special tokens), in parts of 10,000 characters."""
-    name, kind = config["text"], {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    name, kind = (config["text"], {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"})
     path = Path(name)
     try:
         if path.suffix in kind:
@@ -164,7 +212,10 @@ class Harvest:
             if not config[key]:
                 fail(f"--{key} is missing: expected a path or a hub name")
         self.device = find_device(config["device"])
-        (base, base_tokenizer), (finetuned, self.tokenizer) = load("base", config), load("finetuned", config)
+        (base, base_tokenizer), (finetuned, self.tokenizer) = (
+            load("base", config),
+            load("finetuned", config),
+        )
         self.hooks = [find_hook(model, config) for model in (base, finetuned)]
         self.models = [NNsight(model.to(self.device)) for model in (base, finetuned)]
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
@@ -190,7 +241,7 @@ class Harvest:
         """
         texts = itertools.islice(read_texts(self.config, self.tokenizer), first_text, None)
         while group := list(itertools.islice(texts, self.texts_at_once)):
-            docs, (rank, n) = tokenize(self.tokenizer, group, self.config["seq_len"]), world()
+            docs, (rank, n) = (tokenize(self.tokenizer, group, self.config["seq_len"]), world())
             blocks = self.run(docs, first_doc) if first_text // self.texts_at_once % n == rank else []
             first_text, first_doc = first_text + len(group), first_doc + len(docs)
             yield first_text, first_doc, blocks, docs
@@ -317,7 +368,7 @@ def collect(config):
     (rank, n_processes), out = world(), Path(config["out_dir"])
     if out.exists():
         fail(f"--out_dir={out} exists already: give another name")
-    building, same = out.with_name(out.name + ".building"), config | dict(processes=n_processes)
+    building, same = (out.with_name(out.name + ".building"), config | dict(processes=n_processes))
     if (building / "config.json").exists() and json.loads((building / "config.json").read_text()) != same:
         fail(f"{building} holds an unfinished store of other arguments: delete it, or give another --out_dir")
     harvest = Harvest(config)
@@ -336,7 +387,7 @@ def collect(config):
     groups = harvest.groups(state["texts"], state["docs"])
     bar = tqdm(total=quota, initial=state["tokens"], unit="tok", unit_scale=True, disable=rank > 0)
     for part in itertools.count(len(done)):
-        blocks, docs, n_rows, wanted = [], [], 0, min(config["shuffle_rows"], quota - state["tokens"])
+        blocks, docs, n_rows, wanted = ([], [], 0, min(config["shuffle_rows"], quota - state["tokens"]))
         while n_rows < wanted and (group := next(groups, None)):
             state |= dict(texts=group[0], docs=group[1])
             blocks, docs = blocks + group[2], docs + group[3]

@@ -73,9 +73,9 @@ def random_store(path, rows=500, d=16, **columns):
 # --- Mathematics --------------------------------------------------------------------------------------------
 
 
-def crosscoder(variant, d_hidden=40, k=3, n_models=2, d_model=8):
+def crosscoder(variant, d_hidden=40, k=3, n_models=2, d_model=8, basis="plain"):
     """A crosscoder in float64 with nothing left at 0 or 1, and latents of different decoder norms."""
-    model = train.CrossCoder(n_models, d_model, d_hidden, variant, k).double()
+    model = train.CrossCoder(n_models, d_model, d_hidden, variant, k, basis).double()
     with torch.no_grad():
         model.W_dec.mul_(torch.rand(d_hidden, 1, 1) + 0.5)
         model.W_enc.add_(0.1 * torch.randn_like(model.W_enc))
@@ -187,7 +187,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch_whatever_the_guess(guess):
 
 
 def test_batchtopk_keeps_exactly_k_per_row_on_average_with_ties():
-    model, x = crosscoder("batchtopk").float(), torch.randn(1, 2, 8).repeat(50, 1, 1)  # all rows alike
+    model, x = (crosscoder("batchtopk").float(), torch.randn(1, 2, 8).repeat(50, 1, 1))  # all rows alike
     assert len(picked(model, x, None)[2]) == 3 * 50
 
 
@@ -209,7 +209,7 @@ def test_threshold_starts_at_the_first_smallest_score_and_then_moves_slowly_to_t
     model = crosscoder("batchtopk")
     for x in (torch.randn(64, 2, 8).double(), 3 * torch.randn(64, 2, 8).double()):
         f = plain_losses(model, x, 0, 0, 1, [])["f"]
-        smallest, before = (f * model.decoder_norm())[f > 0].min().item(), model.threshold.item()
+        smallest, before = ((f * model.decoder_norm())[f > 0].min().item(), model.threshold.item())
         model.losses(x)
         model.update_threshold()
         expected = smallest if before == 0 else before + 0.02 * (smallest - before)
@@ -249,16 +249,22 @@ def test_aux_loss_reaches_dead_latents_only_and_negative_pre_activations_too():
     assert torch.equal(model.b_dec.grad, aux_free.b_dec.grad)
 
 
-def test_explained_variance_is_a_ratio_of_sums_and_adds_up_over_batches():
-    x = torch.randn(60, 2, 8) * torch.linspace(0.1, 5, 60)[:, None, None] + 10
+@pytest.mark.parametrize("basis", ["plain", "delta"])
+def test_explained_variance_is_a_ratio_of_sums_and_adds_up_over_batches(basis):
+    model = crosscoder("vanilla", basis=basis)
+    x = torch.randn(60, 2, 8).double() * torch.linspace(0.1, 5, 60)[:, None, None] + 10
     x_hat = x + 0.3 * torch.randn_like(x)
-    total = sum(train.moments(a, b) for a, b in zip(x.split(25), (x_hat - x).split(25)))
-    row, mean = train.explained_variance(total), x.mean(0)
-    parts = [1 - ((x - x_hat)[:, m] ** 2).sum() / ((x[:, m] - mean[m]) ** 2).sum() for m in (0, 1)]
-    assert row["explained_variance_A"] == pytest.approx(parts[0].item(), rel=1e-4)
-    assert row["explained_variance_B"] == pytest.approx(parts[1].item(), rel=1e-4)
-    whole = 1 - ((x - x_hat) ** 2).sum() / ((x - mean) ** 2).sum()
-    assert row["explained_variance"] == pytest.approx(whole.item(), rel=1e-4)
+    pairs = zip(*(model.scaled(y).split(25) for y in (x, x_hat)))
+    row = train.explained_variance(model, sum(train.moments(model, a, b - a) for a, b in pairs))
+    sums = lambda x, x_hat: (((x - x_hat) ** 2).sum(), ((x - x.mean(0)) ** 2).sum())
+    expected = {"A": sums(x[:, 0], x_hat[:, 0]), "B": sums(x[:, 1], x_hat[:, 1])}
+    if basis == "delta":
+        expected["difference"] = sums(x[:, 1] - x[:, 0], x_hat[:, 1] - x_hat[:, 0])
+    for name, (error, variance) in expected.items():
+        assert row[f"explained_variance_{name}"] == pytest.approx((1 - error / variance).item(), rel=1e-9)
+    error, variance = sums(model.scaled(x), model.scaled(x_hat))
+    assert row["explained_variance"] == pytest.approx((1 - error / variance).item(), rel=1e-9)
+    assert len(row) == 1 + len(expected)
 
 
 def test_schedules_at_their_corner_steps():
@@ -271,11 +277,16 @@ def test_schedules_at_their_corner_steps():
     assert train.lr_factor(0, dict(steps=3, warmup=0.0, decay=0.0)) == 1
 
 
-def test_raw_activations_go_in_and_come_out():
-    model, x = crosscoder("vanilla"), torch.randn(9, 2, 8).double()
+@pytest.mark.parametrize("basis", ["plain", "delta"])
+def test_raw_activations_go_in_and_come_out(basis):
+    model, x = crosscoder("vanilla", basis=basis), torch.randn(9, 2, 8).double()
+    parts = x if basis == "plain" else torch.stack([x[:, 0], x[:, 1] - x[:, 0]], dim=1)
+    torch.testing.assert_close(model.scaled(x), parts * model.scale[:, None])
+    torch.testing.assert_close(model.unscaled(model.scaled(x)), x)
     losses = model.losses(x)
-    torch.testing.assert_close(model(x) * model.scale[:, None], losses["x"] + losses["error"])
-    torch.testing.assert_close(losses["x"], x * model.scale[:, None])
+    torch.testing.assert_close(losses["x"], model.scaled(x))
+    torch.testing.assert_close(model.scaled(model(x)), losses["x"] + losses["error"])
+    torch.testing.assert_close(model(x), model.decode(model.encode(x)))
 
 
 # --- Toy ----------------------------------------------------------------------------------------------------
@@ -417,7 +428,7 @@ def test_wandb_offline_writes_its_run_into_the_run_folder():
 
 def test_saved_weights_load_with_from_pretrained_and_take_raw_activations():
     model = run("--steps=20", "--out_dir=out")
-    loaded, x = train.CrossCoder.from_pretrained("out/crosscoder"), train.Toy(dict(seed=0)).rows(1, 100)
+    loaded, x = (train.CrossCoder.from_pretrained("out/crosscoder"), train.Toy(dict(seed=0)).rows(1, 100))
     assert not loaded.training and loaded.variant == "batchtopk" and loaded.k == 4
     assert torch.equal(loaded(x), model(x)) and loaded.threshold > 0
 
@@ -551,7 +562,7 @@ def test_end_to_end_two_models_to_a_loaded_crosscoder(pairs, kind):
 
     run("--data=acts", "--out_dir=out", "--steps=150", "--val_tokens=200", "--k=8", "--eval_every=0")
     assert metrics("out")[-1]["val/explained_variance"] > 0.5
-    model, store = train.CrossCoder.from_pretrained("out/crosscoder"), train.Store(store_config())
+    model, store = (train.CrossCoder.from_pretrained("out/crosscoder"), train.Store(store_config()))
     x = store.read(np.arange(1300, 1500))
     assert torch.allclose(model.scale, torch.tensor(meta["scale"]))
     error = (model(x) - x).square().sum() / (x - x.mean(0)).square().sum()
@@ -570,7 +581,7 @@ def test_every_dropped_token_is_counted_by_its_reason_and_an_overflow_is_no_inf(
             Path("spiky", name, file.name).write_bytes(file.read_bytes())
     config = collect_config(folder, base="spiky/base", finetuned="spiky/finetuned", layer=0, n_tokens=10_000)
     collect.collect(config | dict(skip_positions=2))
-    meta, base = json.loads(Path("acts/meta.json").read_text()), load_from_disk("acts/base")
+    meta, base = (json.loads(Path("acts/meta.json").read_text()), load_from_disk("acts/base"))
     docs = load_from_disk("acts/docs")["input_ids"]
     everything = [(token, pos) for ids in docs for pos, token in enumerate(ids)]
     special = [token <= 2 for token, _ in everything]
@@ -619,7 +630,7 @@ def test_activations_stop_early_and_work_for_any_module_even_one_that_returns_a_
     model.transformer.h[1].attn.register_forward_hook(lambda module, args, out: seen.update(attn=out[0]))
     model.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: seen.update(mlp=out))
     model.transformer.h[2].register_forward_hook(lambda *_: later.append(1))
-    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    ids, mask = (torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
     with torch.no_grad():
         model(ids, attention_mask=mask)
     expected, wrapped = dict(seen), collect.NNsight(model)
@@ -727,6 +738,117 @@ def test_the_scripts_run_from_another_folder_by_themselves(pairs):
     assert "explained_variance" in done.stdout and list(
         Path("out").glob("acts-topk-*/crosscoder/model.safetensors")
     )
+
+
+# --- Report -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("basis", ["plain", "delta"])
+def test_latent_scaling_equals_a_least_squares_fit_of_every_latent(basis):
+    model = crosscoder("batchtopk", basis=basis).eval()
+    model.threshold.fill_(0.8)
+    x, latents = torch.randn(50, 2, 8).double(), torch.tensor([3, 11, 12, 39])
+    blocks = list(x.split(20))
+    found = train.latent_scaling(model, blocks, train.validate(model, blocks, 0.0)[2], latents)
+    f, D = model.encode(x).detach().numpy(), model.in_models(model.W_dec).detach().numpy()
+    x_hat = model.in_models(model.scaled(model(x))).detach().numpy()
+    error = model.in_models(model.scaled(x)).numpy() - x_hat
+    for j, nu in zip(latents.tolist(), found.T.tolist()):
+        own = np.linalg.norm(D[j], axis=-1).argmax()
+        regressor = np.outer(f[:, j], D[j, own]).reshape(-1, 1)
+        assert (f[:, j] > 0).sum() > 2
+        for value, y in zip(nu, (x_hat, error + f[:, j, None, None] * D[j])):
+            beta = [np.linalg.lstsq(regressor, y[:, m].ravel(), rcond=None)[0][0] for m in (0, 1)]
+            assert value == pytest.approx(beta[1 - own] / beta[own], rel=1e-9)
+
+
+def test_a_fine_tuning_that_adds_a_direction_to_some_tokens_is_found_and_confirmed(pairs):
+    collect.collect(
+        collect_config(pairs["llama"][0], layer=1, n_tokens=3000, finetuned=f"{pairs['llama'][0]}/base")
+    )
+    base = load_from_disk("acts/base")
+    x, doc = np.array(base["activation"], dtype=np.float32), np.array(base["doc"], dtype=np.int32)
+    direction = np.random.default_rng(0).standard_normal(x.shape[1]).astype(np.float32)
+    changed = doc % 8 == 0
+    added = changed[:, None] * 0.7 * np.linalg.norm(x, axis=1).mean() * direction / np.linalg.norm(direction)
+    write_store("planted", np.stack([x, x + added]), doc=doc)
+    options = (
+        "--data=planted --out_dir=out --steps=800 --batch_size=256 --d_hidden=128 --k=8 --val_tokens=1000"
+    )
+    model = run(*options.split())
+    W, d = model.W_dec.detach(), torch.from_numpy(direction)
+    relative = W[:, 1].norm(dim=-1) / W.norm(dim=-1).sum(1)
+    f = model.encode(torch.from_numpy(np.stack([x, x + added], axis=1))[-1000:])
+    planted, exclusive = (
+        torch.from_numpy(changed[-1000:]),
+        ((relative > 0.9) & (f > 0).any(0)).nonzero().flatten(),
+    )
+    cosine = F.cosine_similarity(W[exclusive, 1], d, dim=-1)
+    j = exclusive[cosine.argmax()]
+    fires = f[:, j] > 0
+    assert cosine.max() > 0.9
+    assert 2 * (fires & planted).sum() / (fires.sum() + planted.sum()) > 0.9, "F1"
+    blocks = train.Store(store_config(data="planted", val_tokens=1000)).validation()
+    blocks = list(blocks)
+    nu_r, nu_epsilon = train.latent_scaling(model, blocks, train.validate(model, blocks, 0.0)[2], j[None])
+    assert nu_r < 0.5 and nu_epsilon < 0.2, "confirmed"
+    assert f"<b>latent {j}</b>" in Path("out/report.html").read_text()
+
+
+def test_the_same_model_twice_has_no_exclusive_latents_and_no_difference(capsys):
+    x = (
+        np.random.default_rng(0).standard_normal((1, 40, 16))
+        * np.random.default_rng(1).random((2000, 40, 1)) ** 8
+    )
+    x = np.repeat(x.sum(1)[None], 2, axis=0).astype(np.float32)
+    write_store("same", x)
+    options = "--data=same --steps=300 --val_tokens=500 --aux_coeff=0.1 --dead_after=2000".split()
+    for variant in ("vanilla", "batchtopk"):
+        run(*options, f"--variant={variant}", f"--out_dir={variant}")
+        shown = capsys.readouterr().out
+        print(variant, next(line for line in shown.splitlines() if "are alive" in line))
+        assert variant == "vanilla" or "0 base-only, 0 fine-tuned-only" in shown and "no exclusive" in shown
+    assert "nothing changed" in error_of(capsys, run, *options, "--basis=delta")
+
+
+def test_the_report_shows_the_texts_of_a_store_escaped_and_is_made_again_without_training(pairs, monkeypatch):
+    folder, meta = pairs["gpt2"][0], Path("acts/meta.json")
+    collect.collect(collect_config(folder, base=f"{folder}/base"))
+    tokens = Path(folder, "finetuned", "tokenizer.json").read_text()
+    Path("evil").mkdir()
+    for file in Path(folder, "finetuned").glob("*token*"):
+        Path("evil", file.name).write_text(file.read_text())
+    Path("evil/tokenizer.json").write_text(tokens.replace('"w7"', '"<script>7</script>"'))
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | dict(tokenizer="evil")))
+    monkeypatch.setattr(train.CrossCoder, "rows_at_once", 64)
+    run("--data=acts", "--out_dir=out", "--steps=30", "--val_tokens=300", "--basis=delta", "--ce_eval=True")
+    page, row = Path("out/report.html").read_text(), metrics("out")[-1]
+    assert (
+        "largest share of change" in page and page.count('class="example"') > 20 and page.count("<svg") == 6
+    )
+    assert "<script" not in page and "http" not in page, "nothing is fetched"
+    assert "&lt;script&gt;7" in page
+    for name in "AB":
+        clean, spliced, zero, recovered = (
+            row[f"val/{key}_{name}"] for key in ("ce_clean", "ce_spliced", "ce_zero", "loss_recovered")
+        )
+        assert recovered == pytest.approx((zero - spliced) / (zero - clean))
+    Path("out/report.html").unlink()
+    train.main(["--out_dir=out", "--report_only=True", "--ce_eval=True"])
+    assert Path("out/report.html").read_text() == page
+
+
+def test_splicing_what_is_there_gives_exactly_the_clean_loss(pairs):
+    collect.collect(collect_config(pairs["gpt2"][0], layer=1, n_tokens=1500))
+
+    class Identity:
+        scale = torch.ones(2)
+        __call__ = staticmethod(lambda x: x)
+
+    row = collect.loss_recovered(Identity(), train.Store(store_config(data="acts")))
+    for name in "AB":
+        assert row[f"ce_spliced_{name}"] == row[f"ce_clean_{name}"] != row[f"ce_zero_{name}"]
+        assert row[f"loss_recovered_{name}"] == 1
 
 
 # --- Several processes --------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ it alone.
     torchrun --standalone --nproc_per_node=2 train.py ...   # the same over several processes
 
 Crosscoders: Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders. BatchTopK: Bussmann et al. 2024,
-arXiv 2412.06410. Auxiliary loss: Gao et al. 2024, arXiv 2406.04093. --key=value sets any key of the config.
+arXiv 2412.06410. Auxiliary loss: Gao et al. 2024, arXiv 2406.04093. Latent scaling: Minder, Dumas et al.
+2025, arXiv 2504.02922. --key=value sets any key of the config.
 """
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import functools
@@ -27,6 +29,7 @@ from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages save a tenth of a step; read by torch once
 
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -43,18 +46,21 @@ config = dict(
     # I/O
     out_dir="",  # folder of the run; empty makes a new one, out/DATA-VARIANT-TIME
     resume=False,  # go on from out_dir's checkpoint, with its config and what is given beside it
+    report_only=False,  # write the report of out_dir's finished run again, without training
     save_every=500,  # steps between checkpoints; 0: only at the end
     # logging
     log_every=50,  # steps between rows of metrics
     eval_every=500,  # steps between validations; 0: only at the end
     wandb_mode="offline",  # offline, online or disabled
     wandb_project="crosscoder",
+    ce_eval=False,  # with the report: how much of each model's cross-entropy the reconstruction recovers
     # data
     data="toy",  # toy, stream (harvest while training; takes collect.py's keys too), or a store's path
     val_tokens=8192,  # rows held out at the end of the store, for validation; 0: none
     batch_size=1024,  # tokens per step, over all processes
     # model
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
+    basis="plain",  # plain: of (A, B); delta: of (A, B - A), made as large as A, for narrow fine-tunes
     d_hidden=512,  # latents
     k=32,  # active latents per token: of each (topk), on average over the batch (batchtopk)
     # losses
@@ -77,6 +83,7 @@ config = dict(
 )
 choices = dict(
     variant=["vanilla", "topk", "batchtopk"],
+    basis=["plain", "delta"],
     wandb_mode=["offline", "online", "disabled"],
     sparse=["auto", "True", "False"],
 )
@@ -212,7 +219,7 @@ class Toy:
         recovers a planted feature of its kind if their cosine is over 0.9 in each model that has it; an
         exclusive latent that recovers none is false.
         """
-        W = model.W_dec.detach()[frequency > 0].cpu()
+        W = model.in_models(model.W_dec.detach())[frequency > 0].cpu()
         relative = W[:, 1].norm(dim=-1) / W.norm(dim=-1).sum(1)
         kind = np.select([relative < 0.1, relative > 0.9], ["base", "finetuned"], "shared")
         unit = F.normalize(W, dim=-1), F.normalize(self.directions, dim=-1)
@@ -258,8 +265,14 @@ class Store:
         self.views = [[c.flatten().to_numpy().reshape(len(c), -1) for c in part] for part in chunks]
         self.starts = [np.cumsum([0] + [len(view) for view in part]) for part in self.views]  # first rows
         self.n_models, self.d_model = len(tables), self.views[0][0].shape[1]
+        self.meta, self.docs = {}, None
         if (path / "meta.json").exists():
-            self.scale = torch.tensor(json.loads((path / "meta.json").read_text())["scale"])
+            self.meta, self.docs = (
+                json.loads((path / "meta.json").read_text()),
+                load_from_disk(path / "docs"),
+            )
+            self.doc, self.pos = (tables[0][name].to_numpy() for name in ("doc", "pos"))
+            self.scale = torch.tensor(self.meta["scale"])
         else:
             x = self.read(np.linspace(0, self.n_train - 1, min(self.n_train, 65536)).astype(int))
             self.scale = self.d_model**0.5 / x.float().norm(dim=-1).mean(0)
@@ -293,11 +306,15 @@ class Store:
 
 
 def load_data(config, checkpoint=None):
-    if config["data"] != "stream":
-        return Toy(config) if config["data"] == "toy" else Store(config)
-    from collect import Stream
+    if config["data"] == "stream":
+        from collect import Stream
 
-    return Stream(config, checkpoint["texts_read"] if checkpoint else 0)
+        data = Stream(config, checkpoint["texts_read"] if checkpoint else 0)
+    else:
+        data = Toy(config) if config["data"] == "toy" else Store(config)
+    if config["ce_eval"] and not getattr(data, "docs", None):
+        fail("--ce_eval=True takes the texts of a store that collect.py wrote")
+    return data
 
 
 def prefetched(data, steps, device):
@@ -353,7 +370,7 @@ class SparseLosses(torch.autograd.Function):
         grad_W_enc = times(csr(col, token, grad_f, len(W_dec), len(x)), x)
         grad_b_enc = grad_f.new_zeros(len(W_dec)).index_add(0, col, grad_f)
         grad_b_dec = grad_error[0] * error[: len(x)].sum(0)
-        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None, None, None
+        return (None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None, None, None)
 
 
 def csr(row, col, values, n_rows, n_cols):
@@ -400,14 +417,14 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     Parameters: W_enc, W_dec [d_hidden, n_models, d_model], b_enc [d_hidden], b_dec [n_models, d_model].
     Buffers: scale [n_models], sqrt(d_model) / mean norm of each model's activations; threshold [], what a
     score f * norm must exceed in batchtopk's inference (eval mode), so that a token's code does not depend on
-    its batch.
+    its batch. In the basis "delta" what these are of is not A and B but A and B - A.
     """
 
     rows_at_once = 512  # few enough that their pre-activations are picked from while in cache
 
-    def __init__(self, n_models: int, d_model: int, d_hidden: int, variant: str = "batchtopk", k: int = 32):
+    def __init__(self, n_models: int, d_model: int, d_hidden: int, variant="batchtopk", k=32, basis="plain"):
         super().__init__()
-        self.variant, self.k = variant, k
+        self.variant, self.k, self.basis = variant, k, basis
         self.W_dec = nn.Parameter(0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(d_hidden))
@@ -420,12 +437,29 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     def start_at(self, x, scale):
         """Sets the scale [n_models] of a new model and, by raw x, its biases, so that few latents die."""
         self.scale.copy_(scale)
+        if self.basis == "delta":
+            size = (self.scaled(x)[:, 1:] / self.scale[1:, None]).norm(dim=-1).mean(0)
+            self.scale[1:] = x.shape[-1] ** 0.5 / (all_reduce(size) / world()[1])
+        if not self.scale.isfinite().all():
+            fail("nothing changed: the activations of the two models are equal, or all 0")
         self.b_dec.copy_(all_reduce(self.scaled(x).mean(0)) / world()[1])
         self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
 
     def scaled(self, x):
         """Raw activations [batch, n_models, d_model] of any float type -> of mean norm sqrt(d_model)."""
-        return (x * self.scale[:, None]).to(self.scale.dtype)
+        x = x.to(self.scale.dtype)
+        if self.basis == "delta":
+            x = x.diff(dim=1, prepend=torch.zeros_like(x[:, :1]))
+        return x * self.scale[:, None]
+
+    def unscaled(self, x):
+        """The inverse of `scaled`."""
+        x = x / self.scale[:, None]
+        return x.cumsum(dim=1) if self.basis == "delta" else x
+
+    def in_models(self, y):
+        """Scaled activations or decoder vectors [n, n_models, d_model] as A's and B's, sizes comparable."""
+        return self.unscaled(y) * self.scale[0] if self.basis == "delta" else y
 
     def decoder_norm(self):
         """[d_hidden]: sum over the models of the norms of a latent's decoder vectors."""
@@ -450,7 +484,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     def decode(self, f):
         """f [batch, d_hidden] -> raw activations [batch, n_models, d_model]."""
         x_hat = einsum(f, self.W_dec, "batch latent, latent model d -> batch model d") + self.b_dec
-        return x_hat / self.scale[:, None]
+        return self.unscaled(x_hat)
 
     @torch.no_grad()
     def update_threshold(self):
@@ -525,7 +559,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         l1_coeff * l1, + aux_coeff * aux, in which the latents `dead` [n_dead] reconstruct what x_hat lacks.
         """
         x = self.scaled(x).flatten(1)
-        W_enc, W_dec, norm = self.W_enc.flatten(1), self.W_dec.flatten(1), self.decoder_norm()
+        W_enc, W_dec, norm = (self.W_enc.flatten(1), self.W_dec.flatten(1), self.decoder_norm())
         product = None if sparse else self.product(x)
         product_of = lambda i, j: self.product(x[i:j]) if sparse else product[i:j]
         auxiliary = dict(dead=dead, k_aux=k_aux) if sparse else {}
@@ -537,7 +571,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             weights = W_enc, self.b_enc, W_dec, self.b_dec.flatten()
             f, squares, error = SparseLosses.apply(x, *weights, row, col, f, len(dead) > 0)
             f, col = f[:n], col[:n]
-            l1_loss, l0_loss = f @ norm[col] / len(x), torch.tensor(n / len(x), device=x.device)
+            l1_loss, l0_loss = (f @ norm[col] / len(x), torch.tensor(n / len(x), device=x.device))
             fired = torch.zeros_like(norm, dtype=torch.bool).index_fill(0, col, True)
         else:
             f = F.relu(product + self.b_enc)
@@ -563,36 +597,91 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
 
 @torch.no_grad()
-def moments(x, error):
-    """What explained_variance needs of x and x_hat - x [batch, n_models, d_model]; adds up over batches."""
+def moments(model, x, error):
+    """What explained_variance needs of scaled x and x_hat - x [batch, n_models, d_model]; can be summed."""
+    if model.basis == "delta":
+        x, error = (torch.cat([y, model.in_models(y)[:, 1:]], dim=1) for y in (x, error))
     error, square = ((y.norm(dim=-1).double() ** 2).sum(0) for y in (error, x))
     return torch.cat([torch.stack([error, square, torch.full_like(error, len(x))], dim=1), x.sum(0)], dim=1)
 
 
-def explained_variance(moments):
+def explained_variance(model, moments):
     """1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, a ratio of sums over all rows; and per model."""
     error, square, rows = moments[:, :3].T
     variance = square - moments[:, 3:].square().sum(1) / rows
-    each = zip("ABCDEFGH", (1 - error / variance).tolist())
-    row = dict(explained_variance=(1 - error.sum() / variance.sum()).item())
-    return row | {f"explained_variance_{name}": value for name, value in each}
+    n, names = (len(model.scale), ["A", "difference", "B"] if model.basis == "delta" else "ABCDEFGH")
+    row = dict(explained_variance=(1 - error[:n].sum() / variance[:n].sum()).item())
+    return row | {f"explained_variance_{k}": ev for k, ev in zip(names, (1 - error / variance).tolist())}
+
+
+def decoded(model, row, col, f, n_rows):
+    """The scaled activations [n_rows, n_models, d_model] that the code with those entries gives."""
+    code = csr(row, col, f, n_rows, len(model.W_dec))
+    return times(code, model.W_dec.flatten(1)).unflatten(1, model.b_dec.shape) + model.b_dec
 
 
 @torch.no_grad()
 def validate(model, blocks, l1_coeff):
-    """Metrics of blocks of raw activations, in inference mode, and how often each latent fires [d_hidden]."""
-    norm, W_dec, n_rows, l1, fired, seen = model.decoder_norm(), model.W_dec.flatten(1), 0, 0, 0, 0
+    """
+    Of blocks of raw activations, in inference mode: metrics, how often each latent fires [d_hidden], and the
+    entries (row, col, f) of the code, each [n].
+    """
+    norm, n_rows, seen, codes = model.decoder_norm(), 0, 0, []
     for x in blocks:
         x = model.scaled(x.to(norm.device))
         product_of = lambda i, j, x=x: model.product(x.flatten(1)[i:j])
         (row, col, f), _ = model.entries(product_of, len(x), norm, model.threshold)
-        x_hat = times(csr(row, col, f, len(x), len(norm)), W_dec).view_as(x) + model.b_dec
-        n_rows, l1, seen = n_rows + len(x), l1 + f @ norm[col], seen + moments(x, x_hat - x)
-        fired = fired + torch.bincount(col, minlength=len(norm))
-    l2_loss, l1_loss, l0_loss = (total.item() / n_rows for total in (seen[:, 0].sum(), l1, fired.sum()))
+        seen = seen + moments(model, x, decoded(model, row, col, f, len(x)) - x)
+        codes.append((n_rows + row, col, f))
+        n_rows += len(x)
+    row, col, f = (torch.cat(column) for column in zip(*codes))
+    fired = torch.bincount(col, minlength=len(norm))
+    sums = seen[: len(model.scale), 0].sum(), f @ norm[col], fired.sum()
+    l2_loss, l1_loss, l0_loss = (total.item() / n_rows for total in sums)
     loss = l2_loss + l1_coeff * l1_loss if model.variant == "vanilla" else l2_loss
-    row = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss)
-    return row | explained_variance(seen) | dict(dead_latents=(fired == 0).sum().item()), fired / n_rows
+    metrics = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss)
+    metrics |= explained_variance(model, seen) | dict(dead_latents=(fired == 0).sum().item())
+    return metrics, fired / n_rows, (row, col, f)
+
+
+def evaluate(model, data, l1_coeff, ce_eval):
+    """`validate` of held-out rows, and what of the models' cross-entropy is recovered on their texts."""
+    metrics, *rest = validate(model, data.validation(), l1_coeff)
+    if ce_eval:
+        from collect import loss_recovered
+
+        metrics |= loss_recovered(model.eval(), data)
+    return metrics, *rest
+
+
+@torch.no_grad()
+def latent_scaling(model, blocks, code, latents):
+    """
+    nu_r and nu_epsilon [2, n] of the latents [n], by which Minder, Dumas et al. 2025 tell what one model
+    alone has from what training only shrank in the other. beta is the least-squares factor of f * d, d being
+    the decoder vector in the latent's own model, in a model's reconstruction (nu_r), or in its error with the
+    latent's part left in (nu_epsilon); nu is beta of the other model over beta of its own. `code` is that of
+    the blocks.
+    """
+    D, (row, col, f) = model.in_models(model.W_dec)[latents], code
+    n, own = torch.arange(len(latents)), D.norm(dim=-1).argmax(dim=1)
+    place = torch.full((len(model.W_dec),), -1, device=col.device).index_put((latents,), n.to(col.device))
+    start, squares, sums = 0, 0, 0
+    for x in blocks:
+        i, j = torch.searchsorted(row, torch.tensor([start, start + len(x)], device=row.device)).tolist()
+        entries = row[i:j] - start, col[i:j], f[i:j]
+        x, x_hat = model.scaled(x.to(f.device)), decoded(model, *entries, len(x))
+        mine = place[entries[1]] >= 0
+        at = place[entries[1][mine]], entries[0][mine]
+        some = f.new_zeros(len(latents), len(x)).index_put(at, entries[2][mine])
+        y = torch.stack([model.in_models(x_hat), model.in_models(x - x_hat)])
+        sums = sums + einsum(some, y, "latent row, kind row model d -> kind latent model d")
+        squares = squares + some.square().sum(1)
+        start += len(x)
+    d = D[n, own]
+    beta = einsum(sums, d, "kind latent model d, latent d -> kind latent model")  # times squares * ||d||^2
+    beta[1] += squares[:, None] * einsum(D, d, "latent model d, latent d -> latent model")
+    return beta[:, n, 1 - own] / beta[:, n, own]
 
 
 def product_seconds(model, n_rows):
@@ -605,6 +694,129 @@ def product_seconds(model, n_rows):
             model.product(x)[0, 0].item()  # .item() waits for the device
         seconds.append(time.perf_counter() - start)
     return sorted(seconds[1:])[1] * n_rows / n
+
+
+# --- Report -------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>What fine-tuning changed</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
+body { overflow-wrap: anywhere } h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+.run { columns: 18rem; font-size: 13px; margin-bottom: 1.5rem } p { margin: .7rem 0 0 }
+svg { width: min(20rem, 100%); margin-right: .8rem } text { fill: currentColor; font-size: 10px }
+polyline { fill: none; stroke: #4a86c5 } .area { fill: #4a86c540 } .end { text-anchor: end }
+path { stroke: gray; stroke-dasharray: 3 } .middle { text-anchor: middle }
+.example { margin: .2rem 0 .2rem 1rem; font-size: 13px; white-space: pre-wrap }
+mark { background: rgb(255 140 0 / var(--a)); color: inherit }
+</style><h1>{{ verdict }}</h1>
+<div class="run">{% for key, value in run.items() %}{{ key }}: {{ value }}<br>{% endfor %}</div>
+{% for p in pictures %}<svg viewBox="0 0 300 150"><text y="12">{{ p.title }}</text>
+<polyline class="{{ p.kind }}" points="{{ p.points }}"/><path d="M30,130 H290"/>
+<text y="34">{{ p.top }}</text><text x="20" y="132">0</text><text x="30" y="145">{{ p.low }}</text>
+<text x="160" y="145" class="middle">{{ p.x_name }}</text>
+<text x="290" y="145" class="end">{{ p.high }}</text>
+{% for x, place, label in p.marks %}<path d="M{{ 30 + 260 * x }},30 V130"/>
+<text x="{{ 30 + 260 * x }}" y="24" class="{{ place }}">{{ label }}</text>{% endfor %}</svg>{% endfor %}
+{% for title, latents in lists.items() %}<h2>{{ title }}{{ "" if latents else ": none" }}</h2>
+{% for latent, facts, examples in latents %}<p><b>latent {{ latent }}</b>
+{% for key, value in facts.items() if value == value %}{{ key }} {{ value }} {% endfor %}
+{% for example in examples %}<div class="example">{% for token, shade in example -%}
+<mark style="--a:{{ shade }}">{{ token }}</mark>{%- endfor %}</div>{% endfor %}{% endfor %}{% endfor %}</html>"""
+
+
+def picture(title, x_name, y, low, high, kind="curve", marks=()):
+    """What PAGE draws of values y, evenly spaced from low to high: a curve, or an area on a log scale."""
+    top = max(*y, 1e-9)
+    heights = [math.log1p(v) / math.log1p(top) if kind == "area" else max(v, 0) / top for v in y]
+    xs = np.linspace(30, 290, len(y))
+    points = " ".join(f"{x:.1f},{130 - 100 * height:.1f}" for x, height in zip(xs, heights))
+    points = f"30,130 {points} 290,130" if kind == "area" else points
+    ends = dict(low=low, high=high, top=f"{top:,.4g}")
+    return ends | dict(title=title, x_name=x_name, points=points, kind=kind, marks=marks)
+
+
+def examples(data, code, latent, tokenizer):
+    """Around a latent's strongest held-out tokens, one of a text, [(token, share of the largest f)]."""
+    row, col, f = code
+    at = (col == latent).nonzero().flatten()
+    at = at[f[at].argsort(descending=True)]
+    places = [(data.doc[data.n_train + i], data.pos[data.n_train + i]) for i in row[at].tolist()]
+    share, best = dict(zip(places, (f[at] / f[at].max()).tolist())), {}
+    for doc, pos in places:
+        best.setdefault(doc, pos)
+    for doc, pos in list(best.items())[:5]:
+        ids, start = data.docs[int(doc)]["input_ids"], max(0, pos - 16)
+        tokens = (tokenizer.decode([i]) if tokenizer else f"{i} " for i in ids[start : pos + 9])
+        shades = (f"{share.get((doc, pos), 0):.2f}" for pos in range(start, len(ids)))
+        yield [(token.replace("\n", "↵"), shade) for token, shade in zip(tokens, shades)]
+
+
+def report(model, data, config, out, metrics, frequency, code):
+    """Writes OUT/report.html, what the models share and what each has alone; returns the same for wandb."""
+    W, n_rows, alive = model.W_dec.detach(), config["val_tokens"], frequency > 0
+    D, nu = model.in_models(W), torch.full((2, len(W)), math.nan, device=W.device)
+    relative = D[:, 1].norm(dim=-1) / D.norm(dim=-1).sum(1)
+    cosine = F.cosine_similarity(D[:, 0], D[:, 1], dim=-1)
+    base, finetuned = alive & (relative < 0.1), alive & (relative > 0.9)
+    shared = alive & ((relative - 0.5).abs() <= 0.1)
+    if len(exclusive := (base | finetuned).nonzero().flatten()):
+        nu[:, exclusive] = latent_scaling(model, data.validation(), code, exclusive)
+    confirmed = (nu[0] < 0.5) & (nu[1] < 0.2)
+    counts = [mask.sum().item() for mask in (alive, shared, base, finetuned, confirmed)]
+    verdict = "of {:,} latents {:,} are alive: {:,} shared, {:,} base-only, {:,} fine-tuned-only"
+    verdict += ", {:,} of them confirmed" if len(exclusive) else ": no exclusive latents"
+    verdict = verdict.format(len(W), *counts)
+
+    columns = dict(relative_norm=relative, cosine=cosine, frequency=frequency, nu_r=nu[0], nu_epsilon=nu[1])
+    columns["confirmed"] = torch.where(nu[0].isnan(), math.nan, confirmed.float())
+    often = alive & (frequency >= min(20 / n_rows, 0.01))
+    ranks = {"Fine-tuned-only latents": (finetuned, frequency), "Base-only latents": (base, frequency)}
+    ranks["Shared latents that rotated most"] = shared & often, -cosine
+    if model.basis == "delta":
+        columns["share_of_change"] = W[:, 1].norm(dim=-1) / model.decoder_norm().detach()
+        ranks = {"Latents with the largest share of change": (often, columns["share_of_change"])} | ranks
+    tokenizer, docs, lists = None, getattr(data, "docs", None), {}
+    if docs:
+        from transformers import AutoTokenizer
+
+        with contextlib.suppress(Exception):  # of many kinds; ids are shown then
+            tokenizer = AutoTokenizer.from_pretrained(data.meta["tokenizer"], local_files_only=True)
+    for title, (mask, rank) in ranks.items():
+        best = rank.masked_fill(~mask, -math.inf).topk(min(20, mask.sum().item())).indices.tolist()
+        facts = [{key: round(column[j].item(), 4) for key, column in columns.items()} for j in best]
+        shown = [list(examples(data, code, j, tokenizer)) if docs else [] for j in best]
+        lists[title] = list(zip(best, facts, shown))
+
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    pairs = zip([dict(tokens=0), *rows], rows)
+    seconds = sum((b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in pairs)
+    meta = getattr(data, "meta", {})
+    run = {key: meta[key] for key in ("base", "finetuned", "hooks") if key in meta}
+    run |= {key: config[key] for key in ("data", "variant", "basis", "k")}
+    run |= dict(tokens=f"{rows[-1]['tokens']:,}", seconds=round(seconds))
+    run |= {key: f"{value:,.4g}" for key, value in metrics.items()}
+    histogram = lambda y, low, high: (torch.histc(y.float().cpu(), 50, low, high).tolist(), low, high, "area")
+    marks = [(0.1, "middle", "base-only"), (0.4, "", "shared"), (0.6, "", ""), (0.9, "", "")]
+    marks.append((1, "end", "fine-tuned-only"))
+    name, log10, steps = "relative decoder norm", frequency[alive].log10(), [row["step"] for row in rows]
+    pictures = [
+        picture("alive latents (log)", name, *histogram(relative[alive], 0, 1), marks),
+        picture("shared latents (log)", "cosine of d_A and d_B", *histogram(cosine[shared], -1, 1)),
+        picture("alive latents (log)", "log10 of firing frequency", *histogram(log10, -6, 0)),
+    ]
+    for key in ("loss", "explained_variance", "l0_loss"):
+        pictures.append(picture(key, "step", [row[key] for row in rows], steps[0], steps[-1]))
+    page = jinja2.Environment(autoescape=True).from_string(PAGE)
+    page = page.render(verdict=verdict, run=run, pictures=pictures, lists=lists)
+    write_atomically(out / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
+    print(f"{verdict}\nreport: {out / 'report.html'}")
+    table = [[title, j, *facts.values()] for title in lists for j, facts, _ in lists[title]]
+    shown = dict(relative_norm=relative[alive], cosine=cosine[shared], log10_frequency=log10)
+    shown = {f"report/{name}": wandb.Histogram(y.cpu().numpy()) for name, y in shown.items()}
+    shown["report/latents"] = wandb.Table(["list", "latent", *columns], table)
+    return shown | {"report/page": wandb.Html(page)}
 
 
 # --- Training -----------------------------------------------------------------------------------------------
@@ -710,7 +922,7 @@ def train(config, checkpoint=None):
         config["out_dir"] = str(out)
         print("\n".join(f"{key} = {value!r}" for key, value in config.items()))
     size = (data.n_models, data.d_model, config["d_hidden"])
-    model = CrossCoder(*size, config["variant"], config["k"]).to(device)
+    model = CrossCoder(*size, config["variant"], config["k"], config["basis"]).to(device)
     betas = (config["beta1"], config["beta2"])
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
@@ -735,7 +947,7 @@ def train(config, checkpoint=None):
     logged_at, logged_step = time.perf_counter(), start
 
     for step, x in prefetched(data, range(start, steps), device):
-        l1_coeff, lr = config["l1_coeff"] * warmup_factor(step, config), scheduler.get_last_lr()[0]
+        l1_coeff, lr = (config["l1_coeff"] * warmup_factor(step, config), scheduler.get_last_lr()[0])
         dead = (since_fired > config["dead_after"]).nonzero().flatten()
         terms = dict(l1_coeff=l1_coeff, aux_coeff=config["aux_coeff"], k_aux=config["k_aux"])
         auto = device.type == "cpu" and share < 0.04  # where the two steps cost the same
@@ -757,15 +969,15 @@ def train(config, checkpoint=None):
             names = ["loss", "l2_loss", "l1_loss", "l0_loss", "aux_loss"]
             means = all_reduce(torch.stack([losses[name].detach() for name in names])) / world()[1]
             row = dict(zip(names, means.tolist()))
-            row |= explained_variance(all_reduce(moments(losses["x"], losses["error"])))
+            row |= explained_variance(model, all_reduce(moments(model, losses["x"], losses["error"])))
             row |= dict(l1_coeff=l1_coeff, lr=lr, dead_latents=len(dead), grad_norm=grad_norm.item())
             seconds = (time.perf_counter() - logged_at) / (step - logged_step)
             row |= dict(threshold=model.threshold.item(), tokens=step * batch_size)
             log(step, row | dict(tokens_per_second=batch_size / seconds, floor_fraction=floor / seconds))
             logged_at, logged_step = time.perf_counter(), step
         if is_main and config["val_tokens"] and due(config["eval_every"]):
-            row, frequency = validate(model, data.validation(), l1_coeff)
-            log(step, row, "val/")
+            validated = evaluate(model, data, l1_coeff, config["ce_eval"] and step == steps)
+            log(step, validated[0], "val/")
         if is_main and due(config["save_every"]):
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(step=step, config=config, since_fired=since_fired, share=share)
@@ -775,8 +987,10 @@ def train(config, checkpoint=None):
 
     if is_main:
         model.save_pretrained(out / "crosscoder")
-        if config["data"] == "toy" and config["val_tokens"] and start < steps:
-            print(*data.score(model, frequency), sep="\n")
+        if config["val_tokens"] and start < steps:
+            log.wandb.log(report(model, data, config, out, *validated), step=steps)
+            if config["data"] == "toy":
+                print(*data.score(model, validated[1]), sep="\n")
         print(f"weights: CrossCoder.from_pretrained({str(out / 'crosscoder')!r})")
         log.wandb.finish()
     return model.eval()
@@ -789,15 +1003,21 @@ def main(argv):
 
         defaults, allowed = collect.config | config, collect.choices | choices
     given = read_command_line(defaults, allowed, argv, __file__)
-    if given.get("resume"):
+    if given.get("resume") or given.get("report_only"):
         path = Path(given.get("out_dir", "")) / "checkpoint.pt"
         if not path.is_file():
-            fail(f"--resume=True: there is no {path}; give the run's folder by --out_dir")
+            fail(f"there is no {path}: give the folder of a run by --out_dir")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         defaults |= checkpoint["config"]
-        for key in ("data", "variant", "d_hidden", "seed"):
+        for key in ("data", "variant", "basis", "d_hidden", "seed"):
             if given.get(key, defaults[key]) != defaults[key]:
                 fail(f"--{key}={given[key]}: this run has {defaults[key]}, and resuming cannot change it")
+    if given.get("report_only"):
+        settings, out = defaults | given, Path(given["out_dir"])
+        model = CrossCoder.from_pretrained(out / "crosscoder").to(set_up(settings)).eval()
+        data = load_data(settings, checkpoint)
+        report(model, data, settings, out, *evaluate(model, data, settings["l1_coeff"], settings["ce_eval"]))
+        return model
     return train(defaults | given, checkpoint)
 
 
