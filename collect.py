@@ -33,7 +33,16 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train import all_reduce, fail, find_device, read_command_line, require, world, write_atomically
+from train import (
+    all_reduce,
+    fail,
+    find_device,
+    first_line,
+    read_command_line,
+    require,
+    world,
+    write_atomically,
+)
 
 # --- Config -------------------------------------------------------------------------------------------------
 
@@ -73,7 +82,7 @@ def load(key, config):
         model = AutoModelForCausalLM.from_pretrained(config[key], dtype=dtype, **remote)
         return model.eval(), AutoTokenizer.from_pretrained(config[key], **remote)
     except Exception as e:  # of many kinds, for a name, a folder or a network that is not there
-        fail(f"--{key}={config[key]} cannot be loaded: {str(e).strip().splitlines()[0]}")
+        fail(f"--{key}={config[key]} cannot be loaded: {first_line(e)}")
 
 
 def find_hook(model, config):
@@ -173,7 +182,7 @@ def read_texts(config, tokenizer):
             rows = load_dataset(name, split=config["split"], streaming=True)
         first = next(iter(rows), None)
     except Exception as e:  # datasets raises many kinds for a name, a file or a network that is not there
-        fail(f"--text={name} cannot be read: {str(e).strip().splitlines()[0]}")
+        fail(f"--text={name} cannot be read: {first_line(e)}")
     if first is None:
         fail(f"--text={name} holds no text")
     column = config["text_column"] or ("text" if "text" in first else "messages")
@@ -445,4 +454,8 @@ def finish(config, harvest, building, out):
 
 
 if __name__ == "__main__":
-    collect(config | read_command_line(config, choices, sys.argv[1:], __file__))
+    try:
+        collect(config | read_command_line(config, choices, sys.argv[1:], __file__))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on where the last finished part ends", file=sys.stderr)
+        raise SystemExit(130) from None

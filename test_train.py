@@ -1,20 +1,27 @@
 """pytest test_train.py: needs no network, no GPU, and a minute or two on two cores."""
 
+import ast
 import copy
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a name that is not there fails at once
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
+import wandb
 from datasets import Dataset, load_from_disk
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
@@ -849,6 +856,294 @@ def test_splicing_what_is_there_gives_exactly_the_clean_loss(pairs):
     for name in "AB":
         assert row[f"ce_spliced_{name}"] == row[f"ce_clean_{name}"] != row[f"ce_zero_{name}"]
         assert row[f"loss_recovered_{name}"] == 1
+
+
+# --- Faults -------------------------------------------------------------------------------------------------
+
+
+def script(name, *args, **env):
+    """The script in a process of its own."""
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+    return subprocess.Popen([sys.executable, str(HERE / name), *map(str, args)], **options)
+
+
+def ended(process, code=0):
+    """Its stderr, less progress bars, when it has ended by that code."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, (process.returncode, out[-2000:], err[-2000:])
+    return "".join(line for line in err.splitlines(keepends=True) if "%|" not in line)
+
+
+def weights(out):
+    return torch.load(f"{out}/checkpoint.pt", weights_only=True)["model"]
+
+
+SMALL = (
+    "--steps=3000 --save_every=7 --log_every=5 --eval_every=50 --batch_size=64 --d_hidden=48 --k=4".split()
+)
+SMALL += ["--val_tokens=64", "--wandb_mode=disabled"]
+
+
+def test_training_killed_at_any_moment_goes_on_and_ends_with_the_same_weights():
+    ended(script("train.py", *SMALL, "--out_dir=whole"))
+    rng, out, deaths = np.random.default_rng(), Path("cut"), 0
+    arguments, process = [*SMALL, "--out_dir=cut"], None
+    while deaths < 3:
+        process = script("train.py", *arguments)
+        before = (out / "checkpoint.pt").stat().st_mtime if (out / "checkpoint.pt").exists() else 0
+        while not (out / "checkpoint.pt").exists() or (out / "checkpoint.pt").stat().st_mtime == before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.4))  # in training, in logging or in saving
+        process.kill()
+        process.communicate()
+        deaths, arguments = deaths + 1, ["--resume=True", "--out_dir=cut"]
+    assert 0 < torch.load("cut/checkpoint.pt", weights_only=True)["step"] < 3000
+    ended(script("train.py", *arguments))
+    assert all(torch.equal(value, weights("cut")[name]) for name, value in weights("whole").items())
+    steps = [(row["step"], "loss" in row) for row in metrics("cut")]
+    assert steps == [(row["step"], "loss" in row) for row in metrics("whole")]
+
+
+def test_a_collection_killed_at_any_moment_goes_on_and_ends_with_the_same_store(pairs):
+    folder, rng = pairs["llama"][0], np.random.default_rng()
+    given = [f"--{key}={folder}/{key}" for key in ("base", "finetuned")] + [f"--text={folder}/text.jsonl"]
+    given += "--layer=1 --n_tokens=2500 --seq_len=32 --shuffle_rows=64 --texts_per_batch=1".split()
+    ended(script("collect.py", *given, "--out_dir=whole"))
+    seen = set()
+    for _ in range(2):
+        process = script("collect.py", *given, "--out_dir=cut")
+        while (
+            process.poll() is None
+            and set(Path().glob("cut.building/0*")) <= seen
+            and not Path("cut").exists()
+        ):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        seen = set(Path().glob("cut.building/0*"))
+        assert Path("cut").exists() or not Path("cut/meta.json").exists()
+    if not Path("cut").exists():
+        ended(script("collect.py", *given, "--out_dir=cut"))
+    for name in ("base", "finetuned", "docs"):
+        assert load_from_disk(f"cut/{name}").to_list() == load_from_disk(f"whole/{name}").to_list()
+    assert not Path("cut.building").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(capsys, monkeypatch):
+    options = ["--steps=20", "--save_every=10", "--out_dir=out"]
+    save = torch.save
+
+    def full(state, path):
+        if state["step"] == 20:
+            Path(path).write_bytes(b"PK")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.torch, "save", full)
+        said = error_of(capsys, run, *options)
+    assert "No space left" in said and "Make room" in said and "checkpoint.pt" in said
+    assert torch.load("out/checkpoint.pt", weights_only=True)["step"] == 10
+    assert not list(Path("out").glob("*.part"))
+    train.main(["--resume=True", "--out_dir=out"])
+    assert metrics("out")[-1]["step"] == 20
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_training_after_its_step_with_all_saved(number, code):
+    process = script("train.py", *SMALL, "--save_every=0", "--steps=1_000_000", "--out_dir=out")
+    while not Path("out/metrics.jsonl").exists() or not Path("out/metrics.jsonl").read_text():
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = ended(process, code)
+    step = torch.load("out/checkpoint.pt", weights_only=True)["step"]
+    assert said.splitlines() == [f"stopped at step {step}: go on by --resume=True --out_dir=out"]
+    assert metrics("out")[-1]["step"] <= step
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    handler = signal.getsignal(signal.SIGINT)
+    train.stop_soon(signal.SIGINT, None)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL and train.stop_signals == [signal.SIGINT]
+    train.stop_signals.clear()
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(capsys, monkeypatch):
+    real = train.Toy.batch
+    monkeypatch.setattr(train.Toy, "batch", lambda self, step: real(self, step) * (1e30 if step == 14 else 1))
+    said = error_of(capsys, run, "--steps=30", "--save_every=10", "--out_dir=out")
+    assert "step 14" in said and "not finite" in said and "--lr" in said and "e+30" in said
+    assert torch.load("out/checkpoint.pt", weights_only=True)["step"] == 10
+    assert all(value.isfinite().all() for value in weights("out").values())
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("pwned"),)
+
+
+def test_a_checkpoint_runs_no_code_and_one_that_is_damaged_gets_one_line(capsys):
+    run("--steps=3", "--out_dir=out")
+    path = Path("out/checkpoint.pt")
+    good = path.read_bytes()
+    for bad in (good[: len(good) // 2], b"", b"not a checkpoint", good[:-100] + bytes(100)):
+        path.write_bytes(bad)
+        assert "checkpoint.pt is no checkpoint" in error_of(
+            capsys, train.main, ["--resume=True", "--out_dir=out"]
+        )
+    torch.save(dict(config=Evil(), step=1), path)
+    assert "checkpoint.pt is no checkpoint" in error_of(
+        capsys, train.main, ["--resume=True", "--out_dir=out"]
+    )
+    assert not Path("pwned").exists()
+    torch.save(dict(config=dict(train.config)), path)
+    error_of(capsys, train.main, ["--resume=True", "--out_dir=out"])
+
+
+def test_what_a_stranger_wrote_cannot_switch_remote_code_on(capsys, monkeypatch):
+    run("--steps=3", "--out_dir=out")
+    state = torch.load("out/checkpoint.pt", weights_only=True)
+    state["config"] |= collect.config | dict(data="stream", trust_remote_code=True, base="b", out_dir="out")
+    torch.save(state, "out/checkpoint.pt")
+    seen = []
+    monkeypatch.setattr(train, "train", lambda config, checkpoint: seen.append(config))
+    train.main(["--resume=True", "--out_dir=out"])
+    assert seen[0]["trust_remote_code"] is False
+
+
+def damaged(kind):
+    x = np.random.default_rng(0).standard_normal((2, 500, 16)).astype(np.float16)
+    if kind in ("nan", "inf"):
+        x[1, 321, 5] = float(kind)
+    write_store("acts", x[:, :0] if kind == "no rows" else x[:, :40] if kind == "few rows" else x)
+    if kind == "d_model":
+        write_store("other", x[:, :, :8])
+        shutil.rmtree("acts/finetuned"), shutil.move("other/finetuned", "acts/finetuned")
+    if kind in ("no column", "strings", "lengths"):
+        shutil.rmtree("acts/finetuned")
+        rows = dict(token=list(range(500)))
+        rows |= {} if kind == "no column" else dict(activation=["a"] * 500)
+        rows |= dict(activation=[[1.0] * (1 + i % 2) for i in range(500)]) if kind == "lengths" else {}
+        Dataset.from_dict(rows).save_to_disk("acts/finetuned")
+    if kind == "truncated":
+        file = next(Path("acts/base").glob("*.arrow"))
+        file.write_bytes(file.read_bytes()[:5000])
+    if kind == "missing file":
+        next(Path("acts/base").glob("*.arrow")).unlink()
+    if kind == "meta":
+        Path("acts/meta.json").write_text('{"scale": [1')
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("nan", "finetuned: row 321 holds nan or inf"),
+        ("inf", "finetuned: row 321 holds nan or inf"),
+        ("no rows", "nor a whole store with rows"),
+        ("few rows", "40 rows"),
+        ("d_model", "all of one length"),
+        ("no column", "column activation"),
+        ("strings", "lists of floats"),
+        ("lengths", "all of one length"),
+        ("truncated", "nor a whole store with rows"),
+        ("missing file", "nor a whole store with rows"),
+        ("meta", "nor a whole store with rows"),
+    ],
+)
+def test_a_damaged_store_gets_one_line(capsys, kind, said):
+    damaged(kind)
+    assert said in error_of(capsys, run, "--data=acts", "--steps=12", "--val_tokens=100")
+
+
+def test_a_checkpoint_of_another_d_model_gets_one_line(capsys):
+    random_store("acts")
+    run("--data=acts", "--steps=3", "--out_dir=out")
+    shutil.rmtree("acts")
+    random_store("acts", d=12)
+    assert "does not fit" in error_of(capsys, train.main, ["--resume=True", "--out_dir=out"])
+
+
+def test_wandb_that_fails_costs_one_warning_and_no_run(capsys, monkeypatch):
+    def fails(*args, **kwargs):
+        raise wandb.errors.CommError("no connection")
+
+    for owner, name in ((train.wandb, "init"), (wandb.Run, "log")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            run("--steps=10", "--wandb_mode=offline", f"--out_dir={name}")
+        warnings = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
+        assert len(warnings) == 1 and "no connection" in warnings[0]
+        assert [row["step"] for row in metrics(name)] == [5, 10, 10]
+
+
+def test_wandb_online_without_a_key_costs_one_warning_and_no_run():
+    process = script(
+        "train.py", *SMALL, "--steps=5", "--wandb_mode=online", "--out_dir=o", WANDB_API_KEY="", HOME="."
+    )
+    assert ended(process).count("going on without wandb") == 1 and metrics("o")
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["--", "-", ""]),
+            st.sampled_from([*train.config, "kk", "help", ""]) | st.text(max_size=5),
+            st.sampled_from(["=", " ", ""]),
+            st.sampled_from("0 1 -1 3.5 1e6 1e400 nan inf True False topk auto x".split())
+            | st.text(max_size=6),
+        ).map("".join),
+        max_size=4,
+    )
+)
+def test_no_command_line_gives_a_traceback_or_another_config_than_it_says(argv):
+    try:
+        given = train.read_command_line(train.config, train.choices, argv, train.__file__)
+        config = train.resolve(train.config | given)
+    except SystemExit as end:
+        assert end.code in (0, 2)
+        return
+    for argument in argv:  # the last one of a key counts
+        key, value = argument[2:].split("=", 1)
+        if argument == [a for a in argv if a.startswith(f"--{key}=")][-1]:
+            assert type(given[key]) is type(train.config[key])
+            read = (
+                float(value)
+                if isinstance(given[key], (int, float)) and value not in ("True", "False")
+                else value
+            )
+            assert given[key] == read or str(given[key]) == value
+    by_rule = ("lr", "dead_after", "aux_coeff")
+    assert all(config[key] == given[key] for key in given if key not in by_rule or given[key] > 0)
+
+
+def test_odd_paths_a_read_only_store_one_thread_and_no_home_are_fine():
+    odd = Path("données à l'école 数据")
+    random_store(odd / "acts")
+    for path in (odd / "acts").rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    env = dict(os.environ, OMP_NUM_THREADS="1", TMPDIR="/dev/shm")
+    del env["HOME"]
+    command = [
+        sys.executable,
+        HERE / "train.py",
+        f"--data={odd}/acts",
+        f"--out_dir={odd}/out",
+        *SMALL,
+        "--steps=10",
+    ]
+    command += ["--wandb_mode=offline"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert (odd / "out" / "report.html").exists() and "arning" not in done.stderr, done.stderr
+
+
+def test_the_scripts_are_python_from_3_10_on():
+    for name in ("train.py", "collect.py"):
+        ast.parse((HERE / name).read_text(), feature_version=(3, 10))
 
 
 # --- Several processes --------------------------------------------------------------------------------------

@@ -20,8 +20,10 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
 import time
+import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -95,6 +97,11 @@ def fail(message):
     raise SystemExit(2)
 
 
+def first_line(e):
+    """What an exception says, or else its kind."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
 def read_command_line(defaults, choices, argv, file):
     """{key: value} of argv's --key=value, each of the type of its default. --help prints `file`'s config."""
 
@@ -120,7 +127,8 @@ def read_command_line(defaults, choices, argv, file):
         parser.add_argument(f"--{key}", type=reader, choices=choices.get(key), default=argparse.SUPPRESS)
     if "--help" in argv:
         source = Path(file).read_text(encoding="utf-8")
-        print(source[source.index("config = dict(") : source.index("\n)\n") + 2])
+        start = source.index("config = dict(")
+        print(source[start : source.index("\n)\n", start) + 2])
         raise SystemExit(0)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -141,7 +149,7 @@ def find_device(name):
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:  # no such name, or no such hardware
-        fail(f"--device={name}: {str(e).splitlines()[0]}")
+        fail(f"--device={name}: {first_line(e)}")
 
 
 # --- Processes: where there is one, these change nothing ----------------------------------------------------
@@ -245,11 +253,15 @@ class Store:
     """
 
     def __init__(self, config):
-        path, self.config = Path(config["data"]), config
+        self.path, self.config, self.meta, self.docs = Path(config["data"]), config, {}, None
+        path = self.path
         try:
             tables = [load_from_disk(path / name).data.table for name in ("base", "finetuned")]
-        except (OSError, ValueError) as e:
-            fail(f"--data={path}: neither toy, nor stream, nor a store of activations: {e}")
+            if (path / "meta.json").exists():
+                self.meta = json.loads((path / "meta.json").read_text())
+                self.docs = load_from_disk(path / "docs")
+        except (OSError, ValueError, IndexError) as e:  # datasets raises the last for 0 rows
+            fail(f"--data={path}: neither toy, nor stream, nor a whole store with rows: {first_line(e)}")
         self.n_rows, other = map(len, tables)
         if self.n_rows != other:
             fail(f"{path} is not aligned: base has {self.n_rows} rows, finetuned {other}")
@@ -261,16 +273,21 @@ class Store:
         self.n_train = self.n_rows - config["val_tokens"]
         if self.n_train < config["batch_size"]:
             fail(f"{path} has {self.n_rows} rows, less than --val_tokens and one --batch_size")
-        chunks = [[chunk for chunk in table["activation"].chunks if len(chunk)] for table in tables]
-        self.views = [[c.flatten().to_numpy().reshape(len(c), -1) for c in part] for part in chunks]
-        self.starts = [np.cumsum([0] + [len(view) for view in part]) for part in self.views]  # first rows
-        self.n_models, self.d_model = len(tables), self.views[0][0].shape[1]
-        self.meta, self.docs = {}, None
-        if (path / "meta.json").exists():
-            self.meta, self.docs = (
-                json.loads((path / "meta.json").read_text()),
-                load_from_disk(path / "docs"),
+        try:
+            chunks = [[chunk for chunk in table["activation"].chunks if len(chunk)] for table in tables]
+            self.views = [[c.flatten().to_numpy().reshape(len(c), -1) for c in part] for part in chunks]
+        except (KeyError, ValueError, AttributeError):  # no such column, rows of several lengths, no lists
+            self.views = []
+        kinds = {(view.shape[1], view.dtype.kind) for part in self.views for view in part}
+        self.d_model, kind = kinds.pop() if len(kinds) == 1 else (0, "")
+        if kind != "f":
+            found = " and ".join(str(table.column_names) for table in tables)
+            fail(
+                f"{path}: expected lists of floats, all of one length, in column activation; columns: {found}"
             )
+        self.starts = [np.cumsum([0] + [len(view) for view in part]) for part in self.views]  # first rows
+        self.n_models = len(tables)
+        if self.meta:
             self.doc, self.pos = (tables[0][name].to_numpy() for name in ("doc", "pos"))
             self.scale = torch.tensor(self.meta["scale"])
         else:
@@ -289,7 +306,12 @@ class Store:
             chunk = np.searchsorted(starts, rows, side="right") - 1
             for i, (c, row) in enumerate(zip(chunk.tolist(), (rows - starts[chunk]).tolist())):
                 x[i, model] = views[c][row]
-        return torch.from_numpy(x)
+        x = torch.from_numpy(x)
+        if not x.sum(dtype=torch.double).isfinite():
+            i, model = (~x.isfinite()).any(-1).nonzero()[0].tolist()
+            name = ("base", "finetuned")[model]
+            fail(f"{self.path / name}: row {rows[i]} holds nan or inf; take it out of both, or collect again")
+        return x
 
     def batch(self, step):
         rank, n = world()
@@ -722,7 +744,8 @@ mark { background: rgb(255 140 0 / var(--a)); color: inherit }
 {% for latent, facts, examples in latents %}<p><b>latent {{ latent }}</b>
 {% for key, value in facts.items() if value == value %}{{ key }} {{ value }} {% endfor %}
 {% for example in examples %}<div class="example">{% for token, shade in example -%}
-<mark style="--a:{{ shade }}">{{ token }}</mark>{%- endfor %}</div>{% endfor %}{% endfor %}{% endfor %}</html>"""
+<mark style="--a:{{ shade }}">{{ token }}</mark>{%- endfor %}</div>{% endfor %}{% endfor %}{% endfor %}
+</html>"""
 
 
 def picture(title, x_name, y, low, high, kind="curve", marks=()):
@@ -854,17 +877,27 @@ def resolve(config):
 def write_atomically(path, write):
     """write(another path), which is then renamed: `path` is always wholly the old or wholly the new."""
     part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # the latter is torch's word for a full disk
+        if part.is_file():
+            part.unlink()  # to leave room
+        fail(f"{path} cannot be written, and is as it was before: {e}. Make room, and go on from there")
 
 
 def start_run(config):
     """Makes the folder of a new run, and returns its path; one that already holds a run is left alone."""
     name = f"{Path(config['data']).name}-{config['variant']}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     out = Path(config["out_dir"] or Path("out") / name)
-    if (out / "checkpoint.pt").exists() or (out / "metrics.jsonl").exists():
+    if (out / "checkpoint.pt").exists():
         fail(f"--out_dir={out} already holds a run: go on with it by --resume=True, or give another name")
-    out.mkdir(parents=True, exist_ok=True)
+    if (out / "metrics.jsonl").exists():
+        fail(f"--out_dir={out} holds a run without a checkpoint yet: delete it, or give another name")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"--out_dir={out}: {e.strerror}")
     return out
 
 
@@ -876,12 +909,23 @@ class Log:
     def __init__(self, out, config, checkpoint):
         self.path = out / "metrics.jsonl"
         rows = self.path.read_text().splitlines(keepends=True) if checkpoint else []
+        rows = [row for row in rows if row.endswith("\n")]  # a last one may have been cut off
         rows = [row for row in rows if json.loads(row)["step"] <= checkpoint["step"]]  # the others come again
         write_atomically(self.path, lambda part: part.write_text("".join(rows)))
         os.environ.setdefault("WANDB_SILENT", "true")
-        same = dict(id=checkpoint["wandb_id"], resume="allow") if checkpoint else {}
+        self.wandb_id = checkpoint["wandb_id"] if checkpoint else uuid.uuid4().hex[:8]
         options = dict(project=config["wandb_project"], mode=config["wandb_mode"], name=out.name, dir=out)
-        self.wandb = wandb.init(config=config, **options, **same)
+        options |= dict(config=config, id=self.wandb_id, resume="allow")
+        self.wandb = None
+        self.to_wandb(lambda: setattr(self, "wandb", wandb.init(**options)))
+
+    def to_wandb(self, call):
+        """Calls `call`, which speaks to wandb. A run goes on without it after one that fails."""
+        try:
+            call()
+        except Exception as e:  # of many kinds, and none is worth a run
+            print(f"warning: going on without wandb: {first_line(e)}", file=sys.stderr)
+            self.to_wandb = lambda call: None
 
     def __call__(self, step, row, prefix=""):
         shown = "  ".join(f"{key} {row[key]:.4g}" for key in self.shown if key in row)
@@ -889,7 +933,7 @@ class Log:
         row = {prefix + key: value for key, value in row.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(dict(step=step) | row) + "\n")
-        self.wandb.log(row, step=step)
+        self.to_wandb(lambda: self.wandb.log(row, step=step))
 
 
 def set_up(config):
@@ -931,11 +975,14 @@ def train(config, checkpoint=None):
     share = 1.0 if config["variant"] == "vanilla" else config["k"] / config["d_hidden"]  # of active latents
     start, steps, batch_size = 0, config["steps"], config["batch_size"]
     if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint["random_state"])
-        since_fired = checkpoint["since_fired"].to(device)
-        share, start = checkpoint["share"], checkpoint["step"]
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            torch.set_rng_state(checkpoint["random_state"])
+            since_fired = checkpoint["since_fired"].to(device)
+            share, start = checkpoint["share"], checkpoint["step"]
+        except (RuntimeError, ValueError, KeyError) as e:
+            fail(f"the checkpoint does not fit this data and config: {' '.join(str(e).split())[:300]}")
     else:
         model.start_at(data.batch(0).to(device), data.scale.to(device))
     log = Log(out, config, checkpoint) if is_main else lambda *_: None
@@ -956,6 +1003,13 @@ def train(config, checkpoint=None):
         losses = parallel(x, **terms, dead=dead if config["aux_coeff"] else dead[:0], sparse=sparse)
         losses["loss"].backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
+        if not grad_norm.isfinite():
+            norms = ", ".join(f"{norm:.3g}" for norm in x.double().norm(dim=-1).amax(1).topk(3).values)
+            said = f"loss {losses['loss'].item():.3g}, --lr={lr:.3g}, largest norms of rows {norms}"
+            fail(
+                f"step {step}: the gradient is not finite ({said}). Lower --lr, or drop such rows, and go on "
+                "from the last checkpoint, if there is one: it is whole"
+            )
         optimizer.step()
         scheduler.step()
         model.update_threshold()
@@ -978,22 +1032,40 @@ def train(config, checkpoint=None):
         if is_main and config["val_tokens"] and due(config["eval_every"]):
             validated = evaluate(model, data, l1_coeff, config["ce_eval"] and step == steps)
             log(step, validated[0], "val/")
-        if is_main and due(config["save_every"]):
+        stop = (
+            all_reduce(torch.tensor(len(stop_signals), device=device if dist.is_initialized() else "cpu")) > 0
+        )
+        if is_main and (due(config["save_every"]) or stop):
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(step=step, config=config, since_fired=since_fired, share=share)
-            state |= dict(wandb_id=log.wandb.id, random_state=torch.get_rng_state())
+            state |= dict(wandb_id=log.wandb_id, random_state=torch.get_rng_state())
             state["texts_read"] = getattr(data, "texts_read", 0)
             write_atomically(out / "checkpoint.pt", lambda part, state=state: torch.save(state, part))
+        if stop and step < steps:
+            if is_main:
+                log.to_wandb(lambda: log.wandb.finish())
+                print(f"stopped at step {step}: go on by --resume=True --out_dir={out}", file=sys.stderr)
+            raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
 
     if is_main:
         model.save_pretrained(out / "crosscoder")
         if config["val_tokens"] and start < steps:
-            log.wandb.log(report(model, data, config, out, *validated), step=steps)
+            found = report(model, data, config, out, *validated)
+            log.to_wandb(lambda: log.wandb.log(found, step=steps))
             if config["data"] == "toy":
                 print(*data.score(model, validated[1]), sep="\n")
         print(f"weights: CrossCoder.from_pretrained({str(out / 'crosscoder')!r})")
-        log.wandb.finish()
+        log.to_wandb(lambda: log.wandb.finish())
     return model.eval()
+
+
+stop_signals = []  # received so far
+
+
+def stop_soon(number, _):
+    """Handler of a signal: training ends after its step, or at the second signal at once."""
+    stop_signals.append(number)
+    signal.signal(number, signal.SIG_DFL)
 
 
 def main(argv):
@@ -1007,8 +1079,12 @@ def main(argv):
         path = Path(given.get("out_dir", "")) / "checkpoint.pt"
         if not path.is_file():
             fail(f"there is no {path}: give the folder of a run by --out_dir")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        defaults |= checkpoint["config"]
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which runs no code
+            defaults |= checkpoint["config"]
+        except Exception as e:  # of many kinds
+            fail(f"{path} is no checkpoint, or not whole: {first_line(e)}")
+        defaults["trust_remote_code"] = False  # nor what a stranger's config would let in
         for key in ("data", "variant", "basis", "d_hidden", "seed"):
             if given.get(key, defaults[key]) != defaults[key]:
                 fail(f"--{key}={given[key]}: this run has {defaults[key]}, and resuming cannot change it")
@@ -1022,4 +1098,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_soon)
     main(sys.argv[1:])
