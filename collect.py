@@ -40,6 +40,7 @@ from train import (
     first_line,
     read_command_line,
     require,
+    set_up,
     world,
     write_atomically,
 )
@@ -298,7 +299,8 @@ class Stream:
     def __init__(self, config, first_text=0):
         self.config, self.texts_read, self.harvest = config, first_text, Harvest(config)
         self.d_model, self.rows = self.harvest.d_model, self.shuffled()
-        held_out = [next(self.rows) for _ in range(-(-config["val_tokens"] // config["batch_size"]))]
+        size = config["batch_size"] // world()[1]  # of a batch of this process, of which one validates
+        held_out = [next(self.rows) for _ in range(-(-config["val_tokens"] // size))]
         self.held_out = torch.cat(held_out or [next(self.rows)[:0]])[: config["val_tokens"]]
 
     def shuffled(self):
@@ -372,8 +374,7 @@ def join(parts, out):
 def collect(config):
     """Writes the store config["out_dir"], whole or not at all, going on where an earlier try ended."""
     disable_progress_bars()
-    if "LOCAL_RANK" in os.environ:  # torchrun
-        dist.init_process_group("gloo")
+    set_up(config)
     (rank, n_processes), out = world(), Path(config["out_dir"])
     if out.exists():
         fail(f"--out_dir={out} exists already: give another name")

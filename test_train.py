@@ -818,7 +818,7 @@ def test_the_same_model_twice_has_no_exclusive_latents_and_no_difference(capsys)
     assert "nothing changed" in error_of(capsys, run, *options, "--basis=delta")
 
 
-def test_the_report_shows_the_texts_of_a_store_escaped_and_is_made_again_without_training(pairs, monkeypatch):
+def test_the_report_shows_the_texts_of_a_store_escaped_and_is_made_again_without_training(pairs):
     folder, meta = pairs["gpt2"][0], Path("acts/meta.json")
     collect.collect(collect_config(folder, base=f"{folder}/base"))
     tokens = Path(folder, "finetuned", "tokenizer.json").read_text()
@@ -827,7 +827,6 @@ def test_the_report_shows_the_texts_of_a_store_escaped_and_is_made_again_without
         Path("evil", file.name).write_text(file.read_text())
     Path("evil/tokenizer.json").write_text(tokens.replace('"w7"', '"<script>7</script>"'))
     meta.write_text(json.dumps(json.loads(meta.read_text()) | dict(tokenizer="evil")))
-    monkeypatch.setattr(train.CrossCoder, "rows_at_once", 64)
     run("--data=acts", "--out_dir=out", "--steps=30", "--val_tokens=300", "--basis=delta", "--ce_eval=True")
     page, row = Path("out/report.html").read_text(), metrics("out")[-1]
     assert (
@@ -947,6 +946,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(capsys, monk
     assert "No space left" in said and "Make room" in said and "checkpoint.pt" in said
     assert torch.load("out/checkpoint.pt", weights_only=True)["step"] == 10
     assert not list(Path("out").glob("*.part"))
+    assert "no finished run" in error_of(capsys, train.main, ["--report_only=True", "--out_dir=out"])
     train.main(["--resume=True", "--out_dir=out"])
     assert metrics("out")[-1]["step"] == 20
 
@@ -1139,6 +1139,12 @@ def test_odd_paths_a_read_only_store_one_thread_and_no_home_are_fine():
     done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     assert (odd / "out" / "report.html").exists() and "arning" not in done.stderr, done.stderr
+
+
+def test_a_folder_that_cannot_be_made_gets_one_line():
+    Path("file").touch()
+    said = ended(script("train.py", *SMALL, "--out_dir=file/out"), code=2)
+    assert said.count("\n") == 1 and "file/out" in said
 
 
 def test_the_scripts_are_python_from_3_10_on():

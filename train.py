@@ -442,11 +442,12 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     its batch. In the basis "delta" what these are of is not A and B but A and B - A.
     """
 
-    rows_at_once = 512  # few enough that their pre-activations are picked from while in cache
-
     def __init__(self, n_models: int, d_model: int, d_hidden: int, variant="batchtopk", k=32, basis="plain"):
         super().__init__()
         self.variant, self.k, self.basis = variant, k, basis
+        self.rows_at_once = (
+            1 + 10 * 2**20 // d_hidden
+        )  # their pre-activations, 40 MB, are picked from in cache
         self.W_dec = nn.Parameter(0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(d_hidden))
@@ -593,7 +594,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             weights = W_enc, self.b_enc, W_dec, self.b_dec.flatten()
             f, squares, error = SparseLosses.apply(x, *weights, row, col, f, len(dead) > 0)
             f, col = f[:n], col[:n]
-            l1_loss, l0_loss = (f @ norm[col] / len(x), torch.tensor(n / len(x), device=x.device))
+            l1_loss, l0_loss = f @ norm[col] / len(x), torch.tensor(n / len(x), device=x.device)
             fired = torch.zeros_like(norm, dtype=torch.bool).index_fill(0, col, True)
         else:
             f = F.relu(product + self.b_enc)
@@ -631,7 +632,7 @@ def explained_variance(model, moments):
     """1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, a ratio of sums over all rows; and per model."""
     error, square, rows = moments[:, :3].T
     variance = square - moments[:, 3:].square().sum(1) / rows
-    n, names = (len(model.scale), ["A", "difference", "B"] if model.basis == "delta" else "ABCDEFGH")
+    n, names = len(model.scale), ["A", "difference", "B"] if model.basis == "delta" else "ABCDEFGH"
     row = dict(explained_variance=(1 - error[:n].sum() / variance[:n].sum()).item())
     return row | {f"explained_variance_{k}": ev for k, ev in zip(names, (1 - error / variance).tolist())}
 
@@ -686,8 +687,8 @@ def latent_scaling(model, blocks, code, latents):
     the blocks.
     """
     D, (row, col, f) = model.in_models(model.W_dec)[latents], code
-    n, own = torch.arange(len(latents)), D.norm(dim=-1).argmax(dim=1)
-    place = torch.full((len(model.W_dec),), -1, device=col.device).index_put((latents,), n.to(col.device))
+    n, own = torch.arange(len(latents), device=col.device), D.norm(dim=-1).argmax(dim=1)
+    place = torch.full((len(model.W_dec),), -1, device=col.device).index_put((latents,), n)
     start, squares, sums = 0, 0, 0
     for x in blocks:
         i, j = torch.searchsorted(row, torch.tensor([start, start + len(x)], device=row.device)).tolist()
@@ -894,10 +895,7 @@ def start_run(config):
         fail(f"--out_dir={out} already holds a run: go on with it by --resume=True, or give another name")
     if (out / "metrics.jsonl").exists():
         fail(f"--out_dir={out} holds a run without a checkpoint yet: delete it, or give another name")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"--out_dir={out}: {e.strerror}")
+    out.mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -951,7 +949,7 @@ def set_up(config):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -994,7 +992,7 @@ def train(config, checkpoint=None):
     logged_at, logged_step = time.perf_counter(), start
 
     for step, x in prefetched(data, range(start, steps), device):
-        l1_coeff, lr = (config["l1_coeff"] * warmup_factor(step, config), scheduler.get_last_lr()[0])
+        l1_coeff, lr = config["l1_coeff"] * warmup_factor(step, config), scheduler.get_last_lr()[0]
         dead = (since_fired > config["dead_after"]).nonzero().flatten()
         terms = dict(l1_coeff=l1_coeff, aux_coeff=config["aux_coeff"], k_aux=config["k_aux"])
         auto = device.type == "cpu" and share < 0.04  # where the two steps cost the same
@@ -1013,7 +1011,9 @@ def train(config, checkpoint=None):
         optimizer.step()
         scheduler.step()
         model.update_threshold()
-        since_fired = torch.where(all_reduce(losses["fired"].int()) > 0, 0, since_fired + batch_size)
+        seen = losses["fired"], torch.tensor([len(stop_signals) > 0], device=device)
+        *fired, stop = (all_reduce(torch.cat(seen).int()) > 0).split(len(since_fired))
+        since_fired = torch.where(fired[0], 0, since_fired + batch_size)
         if config["variant"] == "vanilla" and device.type == "cpu":
             share = losses["l0_loss"].item() / config["d_hidden"]
         step += 1
@@ -1032,9 +1032,6 @@ def train(config, checkpoint=None):
         if is_main and config["val_tokens"] and due(config["eval_every"]):
             validated = evaluate(model, data, l1_coeff, config["ce_eval"] and step == steps)
             log(step, validated[0], "val/")
-        stop = (
-            all_reduce(torch.tensor(len(stop_signals), device=device if dist.is_initialized() else "cpu")) > 0
-        )
         if is_main and (due(config["save_every"]) or stop):
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(step=step, config=config, since_fired=since_fired, share=share)
@@ -1081,15 +1078,17 @@ def main(argv):
             fail(f"there is no {path}: give the folder of a run by --out_dir")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which runs no code
-            defaults |= checkpoint["config"]
+            defaults |= checkpoint["config"] | dict(trust_remote_code=False)  # nor lets any in
         except Exception as e:  # of many kinds
             fail(f"{path} is no checkpoint, or not whole: {first_line(e)}")
-        defaults["trust_remote_code"] = False  # nor what a stranger's config would let in
         for key in ("data", "variant", "basis", "d_hidden", "seed"):
             if given.get(key, defaults[key]) != defaults[key]:
                 fail(f"--{key}={given[key]}: this run has {defaults[key]}, and resuming cannot change it")
     if given.get("report_only"):
         settings, out = defaults | given, Path(given["out_dir"])
+        require(settings, "val_tokens")
+        if not (out / "crosscoder" / "model.safetensors").is_file():
+            fail(f"{out} holds no finished run: go on with it by --resume=True")
         model = CrossCoder.from_pretrained(out / "crosscoder").to(set_up(settings)).eval()
         data = load_data(settings, checkpoint)
         report(model, data, settings, out, *evaluate(model, data, settings["l1_coeff"], settings["ce_eval"]))
@@ -1100,4 +1099,7 @@ def main(argv):
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_soon)
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except OSError as e:  # of a disk or a folder
+        fail(f"{e}. What was saved before is whole")
