@@ -813,7 +813,8 @@ def test_the_same_model_twice_has_no_exclusive_latents_and_no_difference(capsys)
     for variant in ("vanilla", "batchtopk"):
         run(*options, f"--variant={variant}", f"--out_dir={variant}")
         shown = capsys.readouterr().out
-        print(variant, next(line for line in shown.splitlines() if "are alive" in line))
+        with capsys.disabled():
+            print(f"\n{variant}:", next(line for line in shown.splitlines() if "are alive" in line))
         assert variant == "vanilla" or "0 base-only, 0 fine-tuned-only" in shown and "no exclusive" in shown
     assert "nothing changed" in error_of(capsys, run, *options, "--basis=delta")
 

@@ -884,7 +884,7 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as e:  # the latter is torch's word for a full disk
         if part.is_file():
             part.unlink()  # to leave room
-        fail(f"{path} cannot be written, and is as it was before: {e}. Make room, and go on from there")
+        fail(f"{path} cannot be written and is as it was: {first_line(e)}. Make room on the disk, and go on")
 
 
 def start_run(config):
