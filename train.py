@@ -445,9 +445,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     def __init__(self, n_models: int, d_model: int, d_hidden: int, variant="batchtopk", k=32, basis="plain"):
         super().__init__()
         self.variant, self.k, self.basis = variant, k, basis
-        self.rows_at_once = (
-            1 + 10 * 2**20 // d_hidden
-        )  # their pre-activations, 40 MB, are picked from in cache
+        self.rows_at_once = 1 + 10 * 2**20 // d_hidden  # 40 MB of pre-activations, picked from while in cache
         self.W_dec = nn.Parameter(0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(d_hidden))
@@ -806,13 +804,13 @@ def report(model, data, config, out, metrics, frequency, code):
 
         with contextlib.suppress(Exception):  # of many kinds; ids are shown then
             tokenizer = AutoTokenizer.from_pretrained(data.meta["tokenizer"], local_files_only=True)
-    for title, (mask, rank) in ranks.items():
+    for title, (mask, rank) in ranks.items():  # of each kind the first 20
         best = rank.masked_fill(~mask, -math.inf).topk(min(20, mask.sum().item())).indices.tolist()
         facts = [{key: round(column[j].item(), 4) for key, column in columns.items()} for j in best]
         shown = [list(examples(data, code, j, tokenizer)) if docs else [] for j in best]
         lists[title] = list(zip(best, facts, shown))
 
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     rows = [row for row in rows if "loss" in row]
     pairs = zip([dict(tokens=0), *rows], rows)
     seconds = sum((b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in pairs)
@@ -891,10 +889,9 @@ def start_run(config):
     """Makes the folder of a new run, and returns its path; one that already holds a run is left alone."""
     name = f"{Path(config['data']).name}-{config['variant']}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     out = Path(config["out_dir"] or Path("out") / name)
-    if (out / "checkpoint.pt").exists():
-        fail(f"--out_dir={out} already holds a run: go on with it by --resume=True, or give another name")
     if (out / "metrics.jsonl").exists():
-        fail(f"--out_dir={out} holds a run without a checkpoint yet: delete it, or give another name")
+        go_on = "go on with it by --resume=True" if (out / "checkpoint.pt").exists() else "delete it"
+        fail(f"--out_dir={out} already holds a run: {go_on}, or give another name")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
