@@ -468,10 +468,9 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def scaled(self, x):
         """Raw activations [batch, n_models, d_model] of any float type -> of mean norm sqrt(d_model)."""
-        x = x.to(self.scale.dtype)
         if self.basis == "delta":
-            x = x.diff(dim=1, prepend=torch.zeros_like(x[:, :1]))
-        return x * self.scale[:, None]
+            x = x.to(self.scale.dtype).diff(dim=1, prepend=x.new_zeros(len(x), 1, x.shape[2]))
+        return (x * self.scale[:, None]).to(self.scale.dtype)
 
     def unscaled(self, x):
         """The inverse of `scaled`."""
