@@ -105,6 +105,17 @@ def find_hook(model, config):
     return hook
 
 
+def padded(texts):
+    """Lists of ids -> ids [text, position], padded on the right, and a mask of what is not padding."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+    return ids, torch.arange(ids.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
+
+
+def hidden(output):
+    """A module's output as one tensor: those of attention are tuples."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
 @torch.no_grad()
 def activations(model, hook, input_ids, attention_mask):
     """
@@ -115,7 +126,7 @@ def activations(model, hook, input_ids, attention_mask):
     with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False) as tracer:
         out = module.output.save()
         tracer.stop()
-    return out if isinstance(out, torch.Tensor) else out[0]  # attention modules return tuples
+    return hidden(out)
 
 
 @torch.no_grad()
@@ -127,8 +138,7 @@ def cross_entropy(model, hook, input_ids, attention_mask, replacement=None):
     module = model.get(hook)
     with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False):
         if replacement is not None:
-            out = module.output
-            (out if isinstance(out, torch.Tensor) else out[0])[:] = replacement
+            hidden(module.output)[:] = replacement
         logits = model.output.logits.save()
     targets = input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
     return nn.functional.cross_entropy(logits[:, :-1].float().mT, targets, reduction="sum").double()
@@ -145,9 +155,7 @@ def loss_recovered(crosscoder, data, n_docs=16):
     chosen = np.unique(data.doc[data.n_train :])[:n_docs]
     sums, n_targets = torch.zeros(2, 3, dtype=torch.double), 0
     for docs in np.split(chosen, range(4, len(chosen), 4)):
-        texts = [torch.tensor(data.docs[int(doc)]["input_ids"]) for doc in docs]
-        ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
+        ids, mask = padded([data.docs[int(doc)]["input_ids"] for doc in docs])
         rows = np.isin(data.doc, docs)
         kept = torch.zeros_like(mask)
         kept[np.searchsorted(docs, data.doc[rows]), data.pos[rows].astype(int)] = True
@@ -222,10 +230,7 @@ class Harvest:
             if not config[key]:
                 fail(f"--{key} is missing: expected a path or a hub name")
         self.device = find_device(config["device"])
-        (base, base_tokenizer), (finetuned, self.tokenizer) = (
-            load("base", config),
-            load("finetuned", config),
-        )
+        (base, base_tokenizer), (finetuned, self.tokenizer) = load("base", config), load("finetuned", config)
         self.hooks = [find_hook(model, config) for model in (base, finetuned)]
         self.models = [NNsight(model.to(self.device)) for model in (base, finetuned)]
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
@@ -251,7 +256,7 @@ class Harvest:
         """
         texts = itertools.islice(read_texts(self.config, self.tokenizer), first_text, None)
         while group := list(itertools.islice(texts, self.texts_at_once)):
-            docs, (rank, n) = (tokenize(self.tokenizer, group, self.config["seq_len"]), world())
+            docs, (rank, n) = tokenize(self.tokenizer, group, self.config["seq_len"]), world()
             blocks = self.run(docs, first_doc) if first_text // self.texts_at_once % n == rank else []
             first_text, first_doc = first_text + len(group), first_doc + len(docs)
             yield first_text, first_doc, blocks, docs
@@ -265,9 +270,8 @@ class Harvest:
         by_length = sorted(range(len(docs)), key=lambda i: len(docs[i][1]))
         size, blocks = self.config["texts_per_batch"], []
         for batch in (by_length[i : i + size] for i in range(0, len(docs), size)):
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(docs[i][1]) for i in batch], batch_first=True)
+            ids, mask = padded([docs[i][1] for i in batch])
             pos = torch.arange(ids.shape[1]).expand_as(ids)
-            mask = pos < torch.tensor([len(docs[i][1]) for i in batch])[:, None]
             inputs = ids.to(self.device), mask.long().to(self.device)
             outs = [activations(*pair, *inputs).float().cpu() for pair in zip(self.models, self.hooks)]
             if outs[0].shape != outs[1].shape:
@@ -378,7 +382,7 @@ def collect(config):
     (rank, n_processes), out = world(), Path(config["out_dir"])
     if out.exists():
         fail(f"--out_dir={out} exists already: give another name")
-    building, same = (out.with_name(out.name + ".building"), config | dict(processes=n_processes))
+    building, same = out.with_name(out.name + ".building"), config | dict(processes=n_processes)
     if (building / "config.json").exists() and json.loads((building / "config.json").read_text()) != same:
         fail(f"{building} holds an unfinished store of other arguments: delete it, or give another --out_dir")
     harvest = Harvest(config)
@@ -397,7 +401,7 @@ def collect(config):
     groups = harvest.groups(state["texts"], state["docs"])
     bar = tqdm(total=quota, initial=state["tokens"], unit="tok", unit_scale=True, disable=rank > 0)
     for part in itertools.count(len(done)):
-        blocks, docs, n_rows, wanted = ([], [], 0, min(config["shuffle_rows"], quota - state["tokens"]))
+        blocks, docs, n_rows, wanted = [], [], 0, min(config["shuffle_rows"], quota - state["tokens"])
         while n_rows < wanted and (group := next(groups, None)):
             state |= dict(texts=group[0], docs=group[1])
             blocks, docs = blocks + group[2], docs + group[3]

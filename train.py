@@ -228,7 +228,7 @@ class Toy:
         exclusive latent that recovers none is false.
         """
         W = model.in_models(model.W_dec.detach())[frequency > 0].cpu()
-        relative = W[:, 1].norm(dim=-1) / W.norm(dim=-1).sum(1)
+        relative = relative_norm(W)
         kind = np.select([relative < 0.1, relative > 0.9], ["base", "finetuned"], "shared")
         unit = F.normalize(W, dim=-1), F.normalize(self.directions, dim=-1)
         cosine = einsum(*unit, "latent model d, feature model d -> model latent feature")
@@ -253,14 +253,15 @@ class Store:
     """
 
     def __init__(self, config):
-        self.path, self.config, self.meta, self.docs = Path(config["data"]), config, {}, None
-        path = self.path
+        path = self.path = Path(config["data"])
+        self.config, self.meta, self.docs = config, {}, None
         try:
             tables = [load_from_disk(path / name).data.table for name in ("base", "finetuned")]
             if (path / "meta.json").exists():
                 self.meta = json.loads((path / "meta.json").read_text())
-                self.docs = load_from_disk(path / "docs")
-        except (OSError, ValueError, IndexError) as e:  # datasets raises the last for 0 rows
+                self.docs, self.scale = load_from_disk(path / "docs"), torch.tensor(self.meta["scale"])
+                self.doc, self.pos = (tables[0][name].to_numpy() for name in ("doc", "pos"))
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as e:  # the last for 0 rows
             fail(f"--data={path}: neither toy, nor stream, nor a whole store with rows: {first_line(e)}")
         self.n_rows, other = map(len, tables)
         if self.n_rows != other:
@@ -282,15 +283,10 @@ class Store:
         self.d_model, kind = kinds.pop() if len(kinds) == 1 else (0, "")
         if kind != "f":
             found = " and ".join(str(table.column_names) for table in tables)
-            fail(
-                f"{path}: expected lists of floats, all of one length, in column activation; columns: {found}"
-            )
+            fail(f"{path}: expected lists of floats, all of one length, in column activation; has {found}")
         self.starts = [np.cumsum([0] + [len(view) for view in part]) for part in self.views]  # first rows
         self.n_models = len(tables)
-        if self.meta:
-            self.doc, self.pos = (tables[0][name].to_numpy() for name in ("doc", "pos"))
-            self.scale = torch.tensor(self.meta["scale"])
-        else:
+        if not self.meta:
             x = self.read(np.linspace(0, self.n_train - 1, min(self.n_train, 65536)).astype(int))
             self.scale = self.d_model**0.5 / x.float().norm(dim=-1).mean(0)
 
@@ -373,7 +369,8 @@ class SparseLosses(torch.autograd.Function):
         code = csr(row, col, f, len(x) * (1 + has_aux), len(W_dec))
         error = times(code, W_dec)
         error[: len(x)].add_(b_dec).sub_(x)
-        error[len(x) :].add_(error[: len(x)] if has_aux else 0)
+        if has_aux:
+            error[len(x) :].add_(error[: len(x)])
         ctx.save_for_backward(x, W_dec, row, col, f, code, error)
         ctx.mark_non_differentiable(error)
         squares = error.norm(dim=1).square().view(-1, len(x)).mean(1)
@@ -528,9 +525,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         best, aux = [], []
         for start in range(0, n_rows, self.rows_at_once):
             product = product_of(start, start + self.rows_at_once)
-            first = torch.arange(len(product), device=product.device)[:, None] * len(
-                norm
-            )  # flat, of each row
+            first = torch.arange(len(product), device=norm.device)[:, None] * len(norm)  # flat, of each row
             if self.variant == "topk":
                 score = torch.addcmul(self.b_enc * norm, product, norm)
                 found = [first + score.topk(self.k, dim=1).indices.sort(dim=1).values]
@@ -549,16 +544,14 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         keep = (f * norm[col] > cut).nonzero().flatten()
         return (row[keep], col[keep], f[keep]), aux
 
-    def pick(self, product_of, n_rows, norm, sparse, **auxiliary):
+    def pick(self, product_of, n_rows, norm, **auxiliary):
         """
         `entries` of a training batch. batchtopk keeps the k * batch largest scores of all processes' rows
         without sorting all: what is under 0.9 of the last step's smallest is passed over at first, and looked
         at again if too few are left. So the set is that of a full sort, whatever the last step's was.
         """
         if self.variant != "batchtopk":
-            # the dense step of vanilla needs no list of half of all latents
-            cut = 0 if sparse or self.variant == "topk" else math.inf
-            return self.entries(product_of, n_rows, norm, cut, **auxiliary)
+            return self.entries(product_of, n_rows, norm, 0, **auxiliary)
         n_keep, guess = self.k * n_rows * world()[1], self.last_smallest
         if guess is None:
             some = ((product_of(0, 32) + self.b_enc) * norm).flatten()
@@ -579,12 +572,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         l1_coeff * l1, + aux_coeff * aux, in which the latents `dead` [n_dead] reconstruct what x_hat lacks.
         """
         x = self.scaled(x).flatten(1)
-        W_enc, W_dec, norm = (self.W_enc.flatten(1), self.W_dec.flatten(1), self.decoder_norm())
-        product = None if sparse else self.product(x)
-        product_of = lambda i, j: self.product(x[i:j]) if sparse else product[i:j]
-        auxiliary = dict(dead=dead, k_aux=k_aux) if sparse else {}
-        (row, col, f), aux = self.pick(product_of, len(x), norm.detach(), sparse, **auxiliary)
+        W_enc, W_dec, norm = self.W_enc.flatten(1), self.W_dec.flatten(1), self.decoder_norm()
         if sparse:
+            product_of = lambda i, j: self.product(x[i:j])
+            (row, col, f), aux = self.pick(product_of, len(x), norm.detach(), dead=dead, k_aux=k_aux)
             n = len(f)
             if len(dead):
                 row, col, f = (torch.cat(pair) for pair in zip((row, col, f), (len(x) + aux[0], *aux[1:])))
@@ -594,8 +585,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             l1_loss, l0_loss = f @ norm[col] / len(x), torch.tensor(n / len(x), device=x.device)
             fired = torch.zeros_like(norm, dtype=torch.bool).index_fill(0, col, True)
         else:
+            product = self.product(x)
             f = F.relu(product + self.b_enc)
             if self.variant != "vanilla":
+                (row, col, _), _ = self.pick(lambda i, j: product[i:j], len(x), norm.detach())
                 f = torch.zeros_like(f).index_put((row, col), f[row, col])
             error = f @ W_dec + self.b_dec.flatten() - x
             l1_loss, active, squares = (f @ norm).mean(), f > 0, [error.square()]
@@ -632,6 +625,12 @@ def explained_variance(model, moments):
     n, names = len(model.scale), ["A", "difference", "B"] if model.basis == "delta" else "ABCDEFGH"
     row = dict(explained_variance=(1 - error[:n].sum() / variance[:n].sum()).item())
     return row | {f"explained_variance_{k}": ev for k, ev in zip(names, (1 - error / variance).tolist())}
+
+
+def relative_norm(W):
+    """Decoder vectors W [n, 2, d_model] -> ||W[:, 1]|| / (||W[:, 0]|| + ||W[:, 1]||)."""
+    norm = W.norm(dim=-1)
+    return norm[:, 1] / norm.sum(1)
 
 
 def decoded(model, row, col, f, n_rows):
@@ -777,7 +776,7 @@ def report(model, data, config, out, metrics, frequency, code):
     """Writes OUT/report.html, what the models share and what each has alone; returns the same for wandb."""
     W, n_rows, alive = model.W_dec.detach(), config["val_tokens"], frequency > 0
     D, nu = model.in_models(W), torch.full((2, len(W)), math.nan, device=W.device)
-    relative = D[:, 1].norm(dim=-1) / D.norm(dim=-1).sum(1)
+    relative = relative_norm(D)
     cosine = F.cosine_similarity(D[:, 0], D[:, 1], dim=-1)
     base, finetuned = alive & (relative < 0.1), alive & (relative > 0.9)
     shared = alive & ((relative - 0.5).abs() <= 0.1)
@@ -795,7 +794,7 @@ def report(model, data, config, out, metrics, frequency, code):
     ranks = {"Fine-tuned-only latents": (finetuned, frequency), "Base-only latents": (base, frequency)}
     ranks["Shared latents that rotated most"] = shared & often, -cosine
     if model.basis == "delta":
-        columns["share_of_change"] = W[:, 1].norm(dim=-1) / model.decoder_norm().detach()
+        columns["share_of_change"] = relative_norm(W)
         ranks = {"Latents with the largest share of change": (often, columns["share_of_change"])} | ranks
     tokenizer, docs, lists = None, getattr(data, "docs", None), {}
     if docs:
@@ -821,14 +820,14 @@ def report(model, data, config, out, metrics, frequency, code):
     histogram = lambda y, low, high: (torch.histc(y.float().cpu(), 50, low, high).tolist(), low, high, "area")
     marks = [(0.1, "middle", "base-only"), (0.4, "", "shared"), (0.6, "", ""), (0.9, "", "")]
     marks.append((1, "end", "fine-tuned-only"))
-    name, log10, steps = "relative decoder norm", frequency[alive].log10(), [row["step"] for row in rows]
+    name, log10, ends = "relative decoder norm", frequency[alive].log10(), [rows[i]["step"] for i in (0, -1)]
     pictures = [
         picture("alive latents (log)", name, *histogram(relative[alive], 0, 1), marks),
         picture("shared latents (log)", "cosine of d_A and d_B", *histogram(cosine[shared], -1, 1)),
         picture("alive latents (log)", "log10 of firing frequency", *histogram(log10, -6, 0)),
     ]
     for key in ("loss", "explained_variance", "l0_loss"):
-        pictures.append(picture(key, "step", [row[key] for row in rows], steps[0], steps[-1]))
+        pictures.append(picture(key, "step", [row[key] for row in rows], *ends))
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
     page = page.render(verdict=verdict, run=run, pictures=pictures, lists=lists)
     write_atomically(out / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
@@ -930,16 +929,18 @@ class Log:
         self.to_wandb(lambda: self.wandb.log(row, step=step))
 
 
+def keep_freed_memory():
+    """What a step frees is kept for the next: to have the kernel clear new pages costs a tenth of a step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # only glibc has it
+    mallopt(-4, 0)  # M_MMAP_MAX
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def set_up(config):
     """The device of this process, which joins the others if torchrun started it."""
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
     device = find_device(config["device"])
     torch.backends.cuda.matmul.allow_tf32 = True
-    if sys.platform == "linux" and device.type == "cpu":
-        # What a step frees is kept for the next: to have the kernel clear new pages costs a tenth of a step.
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # only glibc has it
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if "LOCAL_RANK" in os.environ:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -952,6 +953,8 @@ def set_up(config):
 def train(config, checkpoint=None):
     """Trains by the config, from the checkpoint if one is given, and returns the crosscoder, in eval mode."""
     device = set_up(config)
+    if sys.platform == "linux" and device.type == "cpu":
+        keep_freed_memory()
     config, is_main = resolve(config), world()[0] == 0
     torch.manual_seed(config["seed"])
     data = load_data(config, checkpoint)
@@ -1007,9 +1010,9 @@ def train(config, checkpoint=None):
         optimizer.step()
         scheduler.step()
         model.update_threshold()
-        seen = losses["fired"], torch.tensor([len(stop_signals) > 0], device=device)
-        *fired, stop = (all_reduce(torch.cat(seen).int()) > 0).split(len(since_fired))
-        since_fired = torch.where(fired[0], 0, since_fired + batch_size)
+        flags = torch.cat([losses["fired"], torch.tensor([len(stop_signals) > 0], device=device)])
+        flags = all_reduce(flags.int()) > 0  # of any process
+        since_fired, stop = torch.where(flags[:-1], 0, since_fired + batch_size), flags[-1]
         if config["variant"] == "vanilla" and device.type == "cpu":
             share = losses["l0_loss"].item() / config["d_hidden"]
         step += 1
