@@ -33,17 +33,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train import (
-    all_reduce,
-    fail,
-    find_device,
-    first_line,
-    read_command_line,
-    require,
-    set_up,
-    world,
-    write_atomically,
-)
+from train import all_reduce, fail, first_line, read_command_line, require, set_up, world, write_atomically
 
 # --- Config -------------------------------------------------------------------------------------------------
 
@@ -88,27 +78,18 @@ def load(key, config):
 
 def find_hook(model, config):
     """The path of the module to hook: `hook`, or by structure, as the blocks are the largest ModuleList."""
-    modules = dict(model.named_modules())
-    if hook := config["hook"]:
-        if hook not in modules:
-            fail(f"--hook={hook}: no such module; near: {', '.join(get_close_matches(hook, modules, 3, 0))}")
-        return hook
-    lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        fail("the model has no list of blocks: give a module's path by --hook")
-    blocks = max(lists, key=lambda path: sum(p.numel() for p in modules[path].parameters()))
-    if config["layer"] >= len(modules[blocks]):
-        fail(f"--layer={config['layer']}: the model has {len(modules[blocks])} layers, the first is 0")
-    hook = f"{blocks}.{config['layer']}" + (".mlp" if config["site"] == "mlp" else "")
+    modules, hook = dict(model.named_modules()), config["hook"]
+    if not hook:
+        lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList)]
+        if not lists:
+            fail("the model has no list of blocks: give a module's path by --hook")
+        blocks = max(lists, key=lambda path: sum(p.numel() for p in modules[path].parameters()))
+        if config["layer"] >= len(modules[blocks]):
+            fail(f"--layer={config['layer']}: the model has {len(modules[blocks])} layers, the first is 0")
+        hook = f"{blocks}.{config['layer']}" + (".mlp" if config["site"] == "mlp" else "")
     if hook not in modules:
-        fail(f"the model has no {hook}: give the path of another module by --hook")
+        fail(f"the model has no module {hook}; near: {', '.join(get_close_matches(hook, modules, 3, 0))}")
     return hook
-
-
-def padded(texts):
-    """Lists of ids -> ids [text, position], padded on the right, and a mask of what is not padding."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
-    return ids, torch.arange(ids.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]
 
 
 def hidden(output):
@@ -130,18 +111,17 @@ def activations(model, hook, input_ids, attention_mask):
 
 
 @torch.no_grad()
-def cross_entropy(model, hook, input_ids, attention_mask, replacement=None):
+def cross_entropy(model, hook, input_ids, replacement=None):
     """
-    Sum over the tokens of an NNsight model's next-token cross-entropy in nats, if `replacement` [batch,
-    position, d_model] is given with that as the output of the module `hook`.
+    Mean next-token cross-entropy in nats of an NNsight model on a text, input_ids [1, position]; if
+    `replacement` [position, d_model] is given, with that as the output of the module `hook`.
     """
     module = model.get(hook)
-    with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False):
+    with model.trace(input_ids=input_ids, use_cache=False):
         if replacement is not None:
-            hidden(module.output)[:] = replacement
+            hidden(module.output)[0] = replacement
         logits = model.output.logits.save()
-    targets = input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
-    return nn.functional.cross_entropy(logits[:, :-1].float().mT, targets, reduction="sum").double()
+    return nn.functional.cross_entropy(logits[0, :-1].double(), input_ids[0, 1:])
 
 
 def loss_recovered(crosscoder, data, n_docs=16):
@@ -150,23 +130,19 @@ def loss_recovered(crosscoder, data, n_docs=16):
     (clean), with the crosscoder's reconstruction spliced in at the hook, and with 0 there; loss_recovered is
     (zero - spliced) / (zero - clean). Positions that the store left out, as the first, stay as they are.
     """
-    config = data.meta | dict(trust_remote_code=False)
-    models = [NNsight(load(key, config)[0].to(crosscoder.scale.device)) for key in ("base", "finetuned")]
-    chosen = np.unique(data.doc[data.n_train :])[:n_docs]
-    sums, n_targets = torch.zeros(2, 3, dtype=torch.double), 0
-    for docs in np.split(chosen, range(4, len(chosen), 4)):
-        ids, mask = padded([data.docs[int(doc)]["input_ids"] for doc in docs])
-        rows = np.isin(data.doc, docs)
-        kept = torch.zeros_like(mask)
-        kept[np.searchsorted(docs, data.doc[rows]), data.pos[rows].astype(int)] = True
-        inputs = [y.to(crosscoder.scale.device) for y in (ids, mask.long())]
-        x = torch.stack([activations(*pair, *inputs) for pair in zip(models, data.meta["hooks"])], dim=2)
-        spliced, zero = x.clone(), x.clone()
+    device, config = crosscoder.scale.device, data.meta | dict(trust_remote_code=False)
+    models = [NNsight(load(key, config)[0].to(device)) for key in ("base", "finetuned")]
+    models, sums, n_targets = list(zip(models, data.meta["hooks"])), torch.zeros(2, 3), 0
+    for doc in np.unique(data.doc[data.n_train :])[:n_docs]:
+        ids = torch.tensor([data.docs[int(doc)]["input_ids"]], device=device)
+        kept = torch.tensor(data.pos[data.doc == doc].astype(int), device=device)
+        x = torch.stack([activations(*pair, ids, torch.ones_like(ids))[0] for pair in models], dim=1)
+        spliced, zero = x.clone(), x.clone()  # [position, model, d_model]
         spliced[kept], zero[kept] = crosscoder(x[kept]).to(x.dtype), 0
-        for m, (model, hook) in enumerate(zip(models, data.meta["hooks"])):
-            for i, replacement in enumerate((None, spliced[:, :, m], zero[:, :, m])):
-                sums[m, i] += cross_entropy(model, hook, *inputs, replacement).cpu()
-        n_targets += mask[:, 1:].sum().item()
+        for m, pair in enumerate(models):
+            losses = [cross_entropy(*pair, ids, y) for y in (None, spliced[:, m], zero[:, m])]
+            sums[m] += torch.stack(losses).cpu() * (ids.shape[1] - 1)
+        n_targets += ids.shape[1] - 1
     found = {}
     for name, (clean, spliced, zero) in zip("AB", (sums / n_targets).tolist()):
         found |= {f"ce_clean_{name}": clean, f"ce_spliced_{name}": spliced, f"ce_zero_{name}": zero}
@@ -229,7 +205,7 @@ class Harvest:
         for key in ("base", "finetuned", "text"):
             if not config[key]:
                 fail(f"--{key} is missing: expected a path or a hub name")
-        self.device = find_device(config["device"])
+        self.device = set_up(config)
         (base, base_tokenizer), (finetuned, self.tokenizer) = load("base", config), load("finetuned", config)
         self.hooks = [find_hook(model, config) for model in (base, finetuned)]
         self.models = [NNsight(model.to(self.device)) for model in (base, finetuned)]
@@ -270,8 +246,10 @@ class Harvest:
         by_length = sorted(range(len(docs)), key=lambda i: len(docs[i][1]))
         size, blocks = self.config["texts_per_batch"], []
         for batch in (by_length[i : i + size] for i in range(0, len(docs), size)):
-            ids, mask = padded([docs[i][1] for i in batch])
+            tensors = [torch.tensor(docs[i][1]) for i in batch]
+            ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
             pos = torch.arange(ids.shape[1]).expand_as(ids)
+            mask = pos < torch.tensor([len(t) for t in tensors])[:, None]
             inputs = ids.to(self.device), mask.long().to(self.device)
             outs = [activations(*pair, *inputs).float().cpu() for pair in zip(self.models, self.hooks)]
             if outs[0].shape != outs[1].shape:

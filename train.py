@@ -1,15 +1,13 @@
 """
 Trains a CrossCoder: one sparse dictionary over the activations of a base model (A) and of the model
-fine-tuned from it (B). Each latent has a decoder vector per model; where it is nearly 0 in one, the other has
-it alone.
+fine-tuned from it (B). A latent has a decoder vector per model: where one is 0, the other has it alone.
 
     python train.py --variant=batchtopk --k=32              # a toy with planted truth; ends with a score
     python train.py --data=acts --d_hidden=16384            # a store of activations, written by collect.py
     torchrun --standalone --nproc_per_node=2 train.py ...   # the same over several processes
 
 Crosscoders: Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders. BatchTopK: Bussmann et al. 2024,
-arXiv 2412.06410. Auxiliary loss: Gao et al. 2024, arXiv 2406.04093. Latent scaling: Minder, Dumas et al.
-2025, arXiv 2504.02922. --key=value sets any key of the config.
+arXiv 2412.06410. Auxiliary loss: Gao et al. 2024, arXiv 2406.04093. --key=value sets any key of the config.
 """
 
 import argparse
@@ -23,7 +21,6 @@ import os
 import signal
 import sys
 import time
-import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -41,6 +38,7 @@ from datasets import load_from_disk
 from einops import einsum
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
+from torch.utils.benchmark import Timer
 
 # --- Config -------------------------------------------------------------------------------------------------
 
@@ -111,25 +109,21 @@ def read_command_line(defaults, choices, argv, file):
         return float(text)
 
     def integer(text):  # 140_000 and 1e6 are integers too
-        if not number(text).is_integer():
+        if number(text) % 1:
             raise ValueError
         return int(float(text))
 
     def boolean(text):
-        if text not in ("True", "False"):
-            raise ValueError
-        return text == "True"
+        return ["False", "True"].index(text) == 1
 
+    if "--help" in argv:
+        print(Path(file).read_text(encoding="utf-8").partition("\nconfig = ")[2].partition("\n)\n")[0])
+        raise SystemExit(0)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = fail
     for key, default in defaults.items():
-        reader = {bool: boolean, int: integer, float: number, str: str}[type(default)]
-        parser.add_argument(f"--{key}", type=reader, choices=choices.get(key), default=argparse.SUPPRESS)
-    if "--help" in argv:
-        source = Path(file).read_text(encoding="utf-8")
-        start = source.index("config = dict(")
-        print(source[start : source.index("\n)\n", start) + 2])
-        raise SystemExit(0)
+        kind = {bool: boolean, int: integer, float: number, str: str}[type(default)]
+        parser.add_argument(f"--{key}", type=kind, choices=choices.get(key), default=argparse.SUPPRESS)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], defaults, 1, 0)
@@ -142,14 +136,6 @@ def require(config, positive):
     for key in positive.split():
         if not config[key]:
             fail(f"--{key}=0: expected more than 0")
-
-
-def find_device(name):
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:  # no such name, or no such hardware
-        fail(f"--device={name}: {first_line(e)}")
 
 
 # --- Processes: where there is one, these change nothing ----------------------------------------------------
@@ -170,13 +156,9 @@ def all_gather(x):
     """The 1-d tensors x of all processes, of any lengths, in one, and where this process's begins in it."""
     if not dist.is_initialized():
         return x, 0
-    rank, n = world()
-    lengths = torch.zeros(n, dtype=torch.long, device=x.device)
-    lengths[rank] = len(x)
-    lengths = all_reduce(lengths).tolist()
-    parts = [x.new_zeros(max(lengths)) for _ in lengths]
-    dist.all_gather(parts, F.pad(x, (0, max(lengths) - len(x))))
-    return torch.cat([part[:length] for part, length in zip(parts, lengths)]), sum(lengths[:rank])
+    parts = [None] * world()[1]
+    dist.all_gather_object(parts, x.cpu())
+    return torch.cat(parts).to(x.device), sum(map(len, parts[: world()[0]]))
 
 
 # --- Data: n_models, d_model, scale, batch(step) and validation() of raw activations ------------------------
@@ -191,18 +173,16 @@ class Toy:
     n_models, d_model = 2, 128
     kinds = dict(shared=192, base=32, finetuned=32)  # planted features of each kind
     n_active = 28  # planted features active in a token, on average
-    rotation = 0.2  # tangent of the angle between the two directions of a shared feature
-    noise = 0.02  # standard deviation, per coordinate
 
     def __init__(self, config):
         self.config, g = config, torch.Generator().manual_seed(config["seed"])
         self.kind = np.repeat(list(self.kinds), list(self.kinds.values()))  # [feature]
-        n = len(self.kind)
-        a, b = F.normalize(torch.randn(2, n, self.d_model, generator=g), dim=-1)
-        pair = torch.stack([a, F.normalize(a + self.rotation * b, dim=-1)], dim=1)  # [feature, 2, d_model]
+        a, b = F.normalize(torch.randn(2, len(self.kind), self.d_model, generator=g), dim=-1)
+        rotated = F.normalize(a + 0.2 * b, dim=-1)
         size = dict(shared=(1, 1), base=(2**0.5, 0), finetuned=(0, 2**0.5))
-        self.directions = pair * torch.tensor([size[kind] for kind in self.kind])[..., None]
-        frequency = torch.linspace(1, 3, n)[torch.randperm(n, generator=g)]
+        size = torch.tensor([size[kind] for kind in self.kind])[..., None]
+        self.directions = torch.stack([a, rotated], dim=1) * size  # [feature, model, d_model]
+        frequency = torch.linspace(1, 3, len(a))[torch.randperm(len(a), generator=g)]
         self.frequency = frequency / frequency.sum() * self.n_active
         self.scale = self.d_model**0.5 / self.rows(-1, 8192).norm(dim=-1).mean(0)
 
@@ -212,7 +192,7 @@ class Toy:
         size = torch.randn(shape, generator=g).mul(0.25).exp()  # lognormal
         active = size * (torch.rand(shape, generator=g) < self.frequency)
         x = einsum(active, self.directions, "batch feature, feature model d -> batch model d")
-        return x + self.noise * torch.randn(x.shape, generator=g)
+        return x + 0.02 * torch.randn(x.shape, generator=g)
 
     def batch(self, step):
         return self.rows(step, self.config["batch_size"]).chunk(world()[1])[world()[0]]
@@ -222,23 +202,20 @@ class Toy:
 
     def score(self, model, frequency):
         """
-        Lines that say what was recovered. A latent of firing frequency [d_hidden] over 0 is alive; its kind
-        goes by its relative norm ||d_B|| / (||d_A|| + ||d_B||), under 0.1 base, over 0.9 finetuned. It
-        recovers a planted feature of its kind if their cosine is over 0.9 in each model that has it; an
-        exclusive latent that recovers none is false.
+        Lines that say what was recovered by the latents of firing frequency [d_hidden] over 0. One recovers a
+        planted feature of its kind (by relative norm: base under 0.1, finetuned over 0.9) if their cosine is
+        over 0.9 in each model that has it; an exclusive latent that recovers none is false.
         """
         W = model.in_models(model.W_dec.detach())[frequency > 0].cpu()
-        relative = relative_norm(W)
-        kind = np.select([relative < 0.1, relative > 0.9], ["base", "finetuned"], "shared")
+        kind = np.select([relative_norm(W) < 0.1, relative_norm(W) > 0.9], ["base", "finetuned"], "shared")
         unit = F.normalize(W, dim=-1), F.normalize(self.directions, dim=-1)
-        cosine = einsum(*unit, "latent model d, feature model d -> model latent feature")
-        lower = torch.where(torch.tensor(self.kind == "shared"), cosine.amin(0), cosine.amax(0))
-        match = (lower.numpy() > 0.9) & (kind[:, None] == self.kind)  # [latent, feature]
+        near = einsum(*unit, "latent model d, feature model d -> latent feature model") > 0.9
+        near = (near | ~self.directions.any(-1)).all(-1).numpy() & (kind[:, None] == self.kind)
         for name, n in self.kinds.items():
-            found = match[:, self.kind == name].any(0).sum()
+            found = near[:, self.kind == name].any(0).sum()
             yield f"{name}: {found} of {n} planted features recovered ({found / n:.0%})"
         exclusive = kind != "shared"
-        yield f"{(exclusive & ~match.any(1)).sum()} of {exclusive.sum()} exclusive latents are false"
+        yield f"{(exclusive & ~near.any(1)).sum()} of {exclusive.sum()} exclusive latents are false"
         l0 = frequency.sum().item()
         if not 0.8 * self.n_active < l0 < 1.5 * self.n_active:
             yield f"{l0:.0f} active latents a token are far from the {self.n_active} planted active features:"
@@ -252,17 +229,25 @@ class Store:
     each epoch, and are a function of (seed, step). The last val_tokens rows are held out.
     """
 
+    n_models = 2
+
     def __init__(self, config):
         path = self.path = Path(config["data"])
         self.config, self.meta, self.docs = config, {}, None
         try:
             tables = [load_from_disk(path / name).data.table for name in ("base", "finetuned")]
+            chunks = [[chunk for chunk in table["activation"].chunks if len(chunk)] for table in tables]
+            self.views = [[c.flatten().to_numpy().reshape(len(c), -1) for c in part] for part in chunks]
+            (self.d_model, kind), *others = {(v.shape[1], v.dtype.kind) for part in self.views for v in part}
+            if others or kind != "f":
+                raise ValueError(f"found {[str(table['activation'].type) for table in tables]}")
             if (path / "meta.json").exists():
                 self.meta = json.loads((path / "meta.json").read_text())
                 self.docs, self.scale = load_from_disk(path / "docs"), torch.tensor(self.meta["scale"])
                 self.doc, self.pos = (tables[0][name].to_numpy() for name in ("doc", "pos"))
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as e:  # the last for 0 rows
-            fail(f"--data={path}: neither toy, nor stream, nor a whole store with rows: {first_line(e)}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+            expected = "base and finetuned, rows of floats, all of one length, in column activation"
+            fail(f"--data={path}: neither toy, nor stream, nor a whole store ({expected}): {first_line(e)}")
         self.n_rows, other = map(len, tables)
         if self.n_rows != other:
             fail(f"{path} is not aligned: base has {self.n_rows} rows, finetuned {other}")
@@ -274,18 +259,7 @@ class Store:
         self.n_train = self.n_rows - config["val_tokens"]
         if self.n_train < config["batch_size"]:
             fail(f"{path} has {self.n_rows} rows, less than --val_tokens and one --batch_size")
-        try:
-            chunks = [[chunk for chunk in table["activation"].chunks if len(chunk)] for table in tables]
-            self.views = [[c.flatten().to_numpy().reshape(len(c), -1) for c in part] for part in chunks]
-        except (KeyError, ValueError, AttributeError):  # no such column, rows of several lengths, no lists
-            self.views = []
-        kinds = {(view.shape[1], view.dtype.kind) for part in self.views for view in part}
-        self.d_model, kind = kinds.pop() if len(kinds) == 1 else (0, "")
-        if kind != "f":
-            found = " and ".join(str(table.column_names) for table in tables)
-            fail(f"{path}: expected lists of floats, all of one length, in column activation; has {found}")
         self.starts = [np.cumsum([0] + [len(view) for view in part]) for part in self.views]  # first rows
-        self.n_models = len(tables)
         if not self.meta:
             x = self.read(np.linspace(0, self.n_train - 1, min(self.n_train, 65536)).astype(int))
             self.scale = self.d_model**0.5 / x.float().norm(dim=-1).mean(0)
@@ -296,8 +270,7 @@ class Store:
 
     def read(self, rows):
         """The activations [len(rows), n_models, d_model] of those rows, in the store's float type."""
-        dtype = np.result_type(*(views[0] for views in self.views))
-        x = np.empty((len(rows), self.n_models, self.d_model), dtype)
+        x = np.empty((len(rows), 2, self.d_model), np.result_type(*(views[0] for views in self.views)))
         for model, (views, starts) in enumerate(zip(self.views, self.starts)):
             chunk = np.searchsorted(starts, rows, side="right") - 1
             for i, (c, row) in enumerate(zip(chunk.tolist(), (rows - starts[chunk]).tolist())):
@@ -305,8 +278,8 @@ class Store:
         x = torch.from_numpy(x)
         if not x.sum(dtype=torch.double).isfinite():
             i, model = (~x.isfinite()).any(-1).nonzero()[0].tolist()
-            name = ("base", "finetuned")[model]
-            fail(f"{self.path / name}: row {rows[i]} holds nan or inf; take it out of both, or collect again")
+            name = self.path / ("base", "finetuned")[model]
+            fail(f"{name}: row {rows[i]} holds nan or inf; take it out of both, or collect again")
         return x
 
     def batch(self, step):
@@ -323,25 +296,9 @@ class Store:
             yield self.read(np.arange(start, min(start + 1024, self.n_rows)))
 
 
-def load_data(config, checkpoint=None):
-    if config["data"] == "stream":
-        from collect import Stream
-
-        data = Stream(config, checkpoint["texts_read"] if checkpoint else 0)
-    else:
-        data = Toy(config) if config["data"] == "toy" else Store(config)
-    if config["ce_eval"] and not getattr(data, "docs", None):
-        fail("--ce_eval=True takes the texts of a store that collect.py wrote")
-    return data
-
-
 def prefetched(data, steps, device):
     """(step, batch on the device) for each step; a thread reads the next batch meanwhile."""
-
-    def load(step):
-        x = data.batch(step)
-        return x.pin_memory() if device.type == "cuda" else x
-
+    load = lambda step: data.batch(step).pin_memory() if device.type == "cuda" else data.batch(step)
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(load, steps[0]) if steps else None
         for step in steps:
@@ -365,22 +322,20 @@ class SparseLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, row, col, f, has_aux):
-        code = csr(row, col, f, len(x) * (1 + has_aux), len(W_dec))
+    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, row, col, f, n_codes):
+        code = csr(row, col, f, n_codes * len(x), len(W_dec))
         error = times(code, W_dec)
         error[: len(x)].add_(b_dec).sub_(x)
-        if has_aux:
-            error[len(x) :].add_(error[: len(x)])
+        error[len(x) :].add_(error[: len(x)]) if n_codes == 2 else None
         ctx.save_for_backward(x, W_dec, row, col, f, code, error)
         ctx.mark_non_differentiable(error)
-        squares = error.norm(dim=1).square().view(-1, len(x)).mean(1)
-        return f.clone(), squares, error
+        return f.clone(), error.norm(dim=1).square().view(n_codes, -1).mean(1), error
 
     @staticmethod
     def backward(ctx, grad_f, grad_squares, _):
         x, W_dec, row, col, f, code, error = ctx.saved_tensors
-        grad_error = 2 / len(x) * grad_squares
         part = row // len(x)
+        grad_error = 2 / len(x) * grad_squares
         weight = grad_error[part]
         grad_f = grad_f + weight * torch.sparse.sampled_addmm(code, error, W_dec.T, beta=0).values()
         at = col.argsort(stable=True)  # the transpose: sorted by column
@@ -414,17 +369,6 @@ def where_over(x, bound):
     eights = mask.view(torch.int64).nonzero().flatten()
     at = mask.view(-1, 8).index_select(0, eights).flatten().nonzero().flatten()
     return eights[at >> 3] * 8 + (at & 7)
-
-
-def largest(score, n):
-    """A mask of the n largest scores of all processes, of equal ones the first, and the smallest."""
-    everyone, start = all_gather(score)
-    if len(everyone) <= n:
-        return torch.ones_like(score, dtype=torch.bool), everyone.amin() if len(everyone) else score.sum()
-    smallest = everyone.kthvalue(len(everyone) - n + 1).values
-    above, tied = everyone > smallest, everyone == smallest
-    keep = above | (tied & (tied.cumsum(0) <= n - above.sum()))
-    return keep[start : start + len(score)], smallest
 
 
 class CrossCoder(nn.Module, PyTorchModelHubMixin):
@@ -487,31 +431,27 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             return (x @ self.W_enc.flatten(1).T).to(x.dtype)
 
+    def dense_code(self, product):
+        """f [batch, d_hidden] of x @ W_enc.T."""
+        f = F.relu(product + self.b_enc)
+        if self.variant == "vanilla":
+            return f
+        norm = self.decoder_norm().detach()
+        (row, col, _), _ = self.pick(lambda i, j: product[i:j], len(product), norm)
+        return torch.zeros_like(f).index_put((row, col), f[row, col])
+
     def encode(self, x):
         """Raw activations [batch, n_models, d_model] -> latent activations f [batch, d_hidden]."""
-        f = F.relu(self.product(self.scaled(x).flatten(1)) + self.b_enc)
-        score = f * self.decoder_norm()
-        if self.variant == "topk":
-            top = score.topk(self.k, dim=1).indices
-            return torch.zeros_like(f).scatter(1, top, f.gather(1, top))
-        if self.variant == "batchtopk" and self.training:
-            return f * largest(score.flatten(), self.k * len(x))[0].view_as(f)
-        return f * (score > self.threshold)  # 0 in vanilla
+        return self.dense_code(self.product(self.scaled(x).flatten(1)))
 
     def decode(self, f):
         """f [batch, d_hidden] -> raw activations [batch, n_models, d_model]."""
         x_hat = einsum(f, self.W_dec, "batch latent, latent model d -> batch model d") + self.b_dec
         return self.unscaled(x_hat)
 
-    @torch.no_grad()
-    def update_threshold(self):
-        """After a step of batchtopk: a running mean of the smallest score kept, started from the first."""
-        if self.last_smallest is not None:
-            self.threshold.lerp_(self.last_smallest, torch.where(self.threshold == 0, 1.0, 0.02))
-
-    def forward(self, x, **training):
-        """Raw activations -> reconstructed ones, [batch, n_models, d_model]; with its arguments, `losses`."""
-        return self.losses(x, **training) if training else self.decode(self.encode(x))
+    def forward(self, x):
+        """Raw activations -> reconstructed ones, [batch, n_models, d_model]."""
+        return self.decode(self.encode(x))
 
     @torch.no_grad()
     def entries(self, product_of, n_rows, norm, cut, dead=(), k_aux=0):
@@ -522,48 +462,51 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         [batch, d_hidden] is never needed whole.
         """
         bound = 0.9999 * cut / norm - self.b_enc  # a hair low, for rounding; exact below
-        best, aux = [], []
+        found = [], []
         for start in range(0, n_rows, self.rows_at_once):
             product = product_of(start, start + self.rows_at_once)
             first = torch.arange(len(product), device=norm.device)[:, None] * len(norm)  # flat, of each row
             if self.variant == "topk":
                 score = torch.addcmul(self.b_enc * norm, product, norm)
-                found = [first + score.topk(self.k, dim=1).indices.sort(dim=1).values]
+                places = [first + score.topk(self.k, dim=1).indices.sort(dim=1).values]
             else:
-                found = [where_over(product, bound)]
+                places = [where_over(product, bound)]
             if len(dead):
                 top = (product[:, dead] + self.b_enc[dead]).topk(min(k_aux, len(dead)), dim=1).indices
-                found.append(first + dead[top].sort(dim=1).values)
-            for at, parts in zip(found, (best, aux)):
+                places.append(first + dead[top].sort(dim=1).values)
+            for at, parts in zip(places, found):
                 at = at.flatten()
                 row = at // len(norm)
                 col = at - row * len(norm)  # cheaper than %
                 parts.append((start + row, col, product.take(at) + self.b_enc[col]))
-        best, aux = ([torch.cat(column) for column in zip(*parts)] for parts in (best, aux))
-        row, col, f = best
-        keep = (f * norm[col] > cut).nonzero().flatten()
-        return (row[keep], col[keep], f[keep]), aux
+        best, aux = ([torch.cat(column) for column in zip(*parts)] for parts in found)
+        keep = (best[2] * norm[best[1]] > cut).nonzero().flatten()
+        return [column[keep] for column in best], aux
 
     def pick(self, product_of, n_rows, norm, **auxiliary):
         """
-        `entries` of a training batch. batchtopk keeps the k * batch largest scores of all processes' rows
-        without sorting all: what is under 0.9 of the last step's smallest is passed over at first, and looked
-        at again if too few are left. So the set is that of a full sort, whatever the last step's was.
+        `entries` by variant and mode. In training, batchtopk keeps the k * batch largest scores of all
+        processes' rows, of equal ones the first, without sorting all: what is under 0.9 of the last step's
+        smallest is passed over, and looked at again if too few are left. So the set is that of a full sort.
         """
-        if self.variant != "batchtopk":
-            return self.entries(product_of, n_rows, norm, 0, **auxiliary)
+        if self.variant != "batchtopk" or not self.training:
+            return self.entries(product_of, n_rows, norm, self.threshold, **auxiliary)
         n_keep, guess = self.k * n_rows * world()[1], self.last_smallest
         if guess is None:
-            some = ((product_of(0, 32) + self.b_enc) * norm).flatten()
-            guess = some.detach().topk(min(self.k * 32, len(some))).values[-1].clamp_min(0)
-            guess = all_reduce(guess, dist.ReduceOp.MIN)
+            some = ((product_of(0, 32) + self.b_enc) * norm).flatten().detach()
+            guess = some.topk(min(self.k * 32, len(some))).values[-1].clamp_min(0)
+            guess = self.last_smallest = all_reduce(guess, dist.ReduceOp.MIN)
         for cut in (0.9 * guess, 0.5 * guess, 0 * guess):
-            (row, col, f), aux = self.entries(product_of, n_rows, norm, cut, **auxiliary)
-            if all_reduce(torch.tensor(len(f), device=f.device)) >= n_keep:
+            best, aux = self.entries(product_of, n_rows, norm, cut, **auxiliary)
+            if all_reduce(torch.tensor(len(best[0]), device=norm.device)) >= n_keep:
                 break
-        keep, self.last_smallest = largest(f * norm[col], n_keep)
-        keep = keep.nonzero().flatten()
-        return (row[keep], col[keep], f[keep]), aux
+        score, start = all_gather(best[2] * norm[best[1]])
+        if len(score):
+            self.last_smallest = score.kthvalue(max(len(score) - n_keep, 0) + 1).values
+        above, tied = score > self.last_smallest, score == self.last_smallest
+        keep = above | (tied & (tied.cumsum(0) <= n_keep - above.sum()))
+        keep = keep[start : start + len(best[0])].nonzero().flatten()
+        return [column[keep] for column in best], aux
 
     def losses(self, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead=(), sparse=True):
         """
@@ -576,20 +519,17 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         if sparse:
             product_of = lambda i, j: self.product(x[i:j])
             (row, col, f), aux = self.pick(product_of, len(x), norm.detach(), dead=dead, k_aux=k_aux)
-            n = len(f)
+            n, n_codes = len(f), 1 + (len(dead) > 0)
             if len(dead):
                 row, col, f = (torch.cat(pair) for pair in zip((row, col, f), (len(x) + aux[0], *aux[1:])))
             weights = W_enc, self.b_enc, W_dec, self.b_dec.flatten()
-            f, squares, error = SparseLosses.apply(x, *weights, row, col, f, len(dead) > 0)
+            f, squares, error = SparseLosses.apply(x, *weights, row, col, f, n_codes)
             f, col = f[:n], col[:n]
             l1_loss, l0_loss = f @ norm[col] / len(x), torch.tensor(n / len(x), device=x.device)
             fired = torch.zeros_like(norm, dtype=torch.bool).index_fill(0, col, True)
         else:
             product = self.product(x)
-            f = F.relu(product + self.b_enc)
-            if self.variant != "vanilla":
-                (row, col, _), _ = self.pick(lambda i, j: product[i:j], len(x), norm.detach())
-                f = torch.zeros_like(f).index_put((row, col), f[row, col])
+            f = self.dense_code(product)
             error = f @ W_dec + self.b_dec.flatten() - x
             l1_loss, active, squares = (f @ norm).mean(), f > 0, [error.square()]
             l0_loss, fired = active.sum() / len(x), active.any(0)
@@ -599,6 +539,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
                 f = torch.zeros_like(pre).scatter(1, top, pre.gather(1, top))
                 squares.append((f @ W_dec[dead] + error.detach()).square())
             squares = torch.stack([square.sum() / len(x) for square in squares])
+        if self.last_smallest is not None:  # of batchtopk; the first threshold is the first smallest
+            self.threshold.lerp_(self.last_smallest, torch.where(self.threshold == 0, 1.0, 0.02))
         l2_loss, aux_loss = squares[0], squares[1:].sum() * min(len(dead) / k_aux, 1)
         loss = l2_loss + aux_coeff * aux_loss + (l1_coeff * l1_loss if self.variant == "vanilla" else 0)
         parts = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss, aux_loss=aux_loss)
@@ -633,110 +575,80 @@ def relative_norm(W):
     return norm[:, 1] / norm.sum(1)
 
 
-def decoded(model, row, col, f, n_rows):
-    """The scaled activations [n_rows, n_models, d_model] that the code with those entries gives."""
-    code = csr(row, col, f, n_rows, len(model.W_dec))
+def decoded(model, code):
+    """The scaled activations [rows, n_models, d_model] that a sparse code [rows, d_hidden] gives."""
     return times(code, model.W_dec.flatten(1)).unflatten(1, model.b_dec.shape) + model.b_dec
 
 
 @torch.no_grad()
-def validate(model, blocks, l1_coeff):
+def validate(model, data, l1_coeff, ce_eval=False):
     """
-    Of blocks of raw activations, in inference mode: metrics, how often each latent fires [d_hidden], and the
-    entries (row, col, f) of the code, each [n].
+    Of held-out rows, in inference mode: metrics, how often each latent fires [d_hidden], and the code of each
+    of the blocks of data.validation(), sparse [rows, d_hidden].
     """
-    norm, n_rows, seen, codes = model.decoder_norm(), 0, 0, []
-    for x in blocks:
+    norm, seen, codes = model.decoder_norm(), 0, []
+    for x in data.validation():
         x = model.scaled(x.to(norm.device))
         product_of = lambda i, j, x=x: model.product(x.flatten(1)[i:j])
-        (row, col, f), _ = model.entries(product_of, len(x), norm, model.threshold)
-        seen = seen + moments(model, x, decoded(model, row, col, f, len(x)) - x)
-        codes.append((n_rows + row, col, f))
-        n_rows += len(x)
-    row, col, f = (torch.cat(column) for column in zip(*codes))
+        codes.append(csr(*model.entries(product_of, len(x), norm, model.threshold)[0], len(x), len(norm)))
+        seen = seen + moments(model, x, decoded(model, codes[-1]) - x)
+    n_rows, col = sum(map(len, codes)), torch.cat([code.col_indices() for code in codes])
     fired = torch.bincount(col, minlength=len(norm))
-    sums = seen[: len(model.scale), 0].sum(), f @ norm[col], fired.sum()
-    l2_loss, l1_loss, l0_loss = (total.item() / n_rows for total in sums)
+    l1_loss = torch.cat([code.values() for code in codes]) @ norm[col]
+    totals = seen[: len(model.scale), 0].sum(), l1_loss, fired.sum()
+    l2_loss, l1_loss, l0_loss = (total.item() / n_rows for total in totals)
     loss = l2_loss + l1_coeff * l1_loss if model.variant == "vanilla" else l2_loss
     metrics = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss)
     metrics |= explained_variance(model, seen) | dict(dead_latents=(fired == 0).sum().item())
-    return metrics, fired / n_rows, (row, col, f)
-
-
-def evaluate(model, data, l1_coeff, ce_eval):
-    """`validate` of held-out rows, and what of the models' cross-entropy is recovered on their texts."""
-    metrics, *rest = validate(model, data.validation(), l1_coeff)
     if ce_eval:
         from collect import loss_recovered
 
         metrics |= loss_recovered(model.eval(), data)
-    return metrics, *rest
+    return metrics, fired / n_rows, codes
 
 
 @torch.no_grad()
-def latent_scaling(model, blocks, code, latents):
+def latent_scaling(model, blocks, codes, latents):
     """
-    nu_r and nu_epsilon [2, n] of the latents [n], by which Minder, Dumas et al. 2025 tell what one model
-    alone has from what training only shrank in the other. beta is the least-squares factor of f * d, d being
-    the decoder vector in the latent's own model, in a model's reconstruction (nu_r), or in its error with the
-    latent's part left in (nu_epsilon); nu is beta of the other model over beta of its own. `code` is that of
-    the blocks.
+    nu_r and nu_epsilon [2, n] of the latents [n], by which Minder, Dumas et al. 2025 (arXiv 2504.02922) tell
+    what one model alone has from what training only shrank in the other. beta is the least-squares factor of
+    f * d, d being the decoder vector in the latent's own model, in a model's reconstruction (nu_r), or in its
+    error with the latent's part left in (nu_epsilon); nu is beta of the other model over beta of its own.
     """
-    D, (row, col, f) = model.in_models(model.W_dec)[latents], code
-    n, own = torch.arange(len(latents), device=col.device), D.norm(dim=-1).argmax(dim=1)
-    place = torch.full((len(model.W_dec),), -1, device=col.device).index_put((latents,), n)
-    start, squares, sums = 0, 0, 0
-    for x in blocks:
-        i, j = torch.searchsorted(row, torch.tensor([start, start + len(x)], device=row.device)).tolist()
-        entries = row[i:j] - start, col[i:j], f[i:j]
-        x, x_hat = model.scaled(x.to(f.device)), decoded(model, *entries, len(x))
-        mine = place[entries[1]] >= 0
-        at = place[entries[1][mine]], entries[0][mine]
-        some = f.new_zeros(len(latents), len(x)).index_put(at, entries[2][mine])
+    D = model.in_models(model.W_dec)[latents]
+    n, own = torch.arange(len(D), device=D.device), D.norm(dim=-1).argmax(dim=1)
+    squares, sums = 0, 0
+    for x, code in zip(blocks, codes):
+        f, x, x_hat = code.to_dense()[:, latents], model.scaled(x.to(D.device)), decoded(model, code)
         y = torch.stack([model.in_models(x_hat), model.in_models(x - x_hat)])
-        sums = sums + einsum(some, y, "latent row, kind row model d -> kind latent model d")
-        squares = squares + some.square().sum(1)
-        start += len(x)
-    d = D[n, own]
-    beta = einsum(sums, d, "kind latent model d, latent d -> kind latent model")  # times squares * ||d||^2
-    beta[1] += squares[:, None] * einsum(D, d, "latent model d, latent d -> latent model")
+        sums = sums + einsum(f, y, "row latent, kind row model d -> kind latent model d")
+        squares = squares + f.square().sum(0)
+    # All betas are over the same squares * ||d||^2, which nu does not need.
+    beta = einsum(sums, D[n, own], "kind latent model d, latent d -> kind latent model")
+    beta[1] += squares[:, None] * einsum(D, D[n, own], "latent model d, latent d -> latent model")
     return beta[:, n, 1 - own] / beta[:, n, own]
-
-
-def product_seconds(model, n_rows):
-    """Seconds of the encoder's product alone: no exact step can take less."""
-    n, seconds = min(n_rows, model.rows_at_once), []
-    x = torch.randn(n, model.W_enc[0].numel(), device=model.b_dec.device)
-    for _ in range(4):
-        start = time.perf_counter()
-        with torch.no_grad():
-            model.product(x)[0, 0].item()  # .item() waits for the device
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds[1:])[1] * n_rows / n
 
 
 # --- Report -------------------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>What fine-tuning changed</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root { color-scheme: light dark }
+:root { color-scheme: light dark } h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
-body { overflow-wrap: anywhere } h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-.run { columns: 18rem; font-size: 13px; margin-bottom: 1.5rem } p { margin: .7rem 0 0 }
-svg { width: min(20rem, 100%); margin-right: .8rem } text { fill: currentColor; font-size: 10px }
-polyline { fill: none; stroke: #4a86c5 } .area { fill: #4a86c540 } .end { text-anchor: end }
-path { stroke: gray; stroke-dasharray: 3 } .middle { text-anchor: middle }
+body { overflow-wrap: anywhere } .run { columns: 18rem; font-size: 13px } p { margin: .7rem 0 0 }
+svg { width: min(20rem, 100%); margin: 1rem .8rem 0 0; font-size: 10px; fill: currentColor }
+polygon { fill: #4a86c540; stroke: #4a86c5 } path { stroke: gray; stroke-dasharray: 3 }
+.middle { text-anchor: middle } .end { text-anchor: end }
 .example { margin: .2rem 0 .2rem 1rem; font-size: 13px; white-space: pre-wrap }
 mark { background: rgb(255 140 0 / var(--a)); color: inherit }
 </style><h1>{{ verdict }}</h1>
 <div class="run">{% for key, value in run.items() %}{{ key }}: {{ value }}<br>{% endfor %}</div>
-{% for p in pictures %}<svg viewBox="0 0 300 150"><text y="12">{{ p.title }}</text>
-<polyline class="{{ p.kind }}" points="{{ p.points }}"/><path d="M30,130 H290"/>
-<text y="34">{{ p.top }}</text><text x="20" y="132">0</text><text x="30" y="145">{{ p.low }}</text>
-<text x="160" y="145" class="middle">{{ p.x_name }}</text>
-<text x="290" y="145" class="end">{{ p.high }}</text>
-{% for x, place, label in p.marks %}<path d="M{{ 30 + 260 * x }},30 V130"/>
-<text x="{{ 30 + 260 * x }}" y="24" class="{{ place }}">{{ label }}</text>{% endfor %}</svg>{% endfor %}
+{% for p in pictures %}<svg viewBox="0 0 300 150"><polygon points="30,130 {{ p.points }} 290,130"/>
+<text y="12">{{ p.title }}</text><text y="34">{{ p.top }}</text><text x="20" y="132">0</text>
+<text x="30" y="145">{{ p.low }}</text><text x="160" y="145" class="middle">{{ p.x_name }}</text>
+<text x="290" y="145" class="end">{{ p.high }}</text>{% for x, place, label in p.marks %}
+<path d="M{{ x }},30 V130"/><text x="{{ x }}" y="24" class="{{ place }}">{{ label }}</text>
+{% endfor %}</svg>{% endfor %}
 {% for title, latents in lists.items() %}<h2>{{ title }}{{ "" if latents else ": none" }}</h2>
 {% for latent, facts, examples in latents %}<p><b>latent {{ latent }}</b>
 {% for key, value in facts.items() if value == value %}{{ key }} {{ value }} {% endfor %}
@@ -745,43 +657,36 @@ mark { background: rgb(255 140 0 / var(--a)); color: inherit }
 </html>"""
 
 
-def picture(title, x_name, y, low, high, kind="curve", marks=()):
-    """What PAGE draws of values y, evenly spaced from low to high: a curve, or an area on a log scale."""
-    top = max(*y, 1e-9)
-    heights = [math.log1p(v) / math.log1p(top) if kind == "area" else max(v, 0) / top for v in y]
-    xs = np.linspace(30, 290, len(y))
-    points = " ".join(f"{x:.1f},{130 - 100 * height:.1f}" for x, height in zip(xs, heights))
-    points = f"30,130 {points} 290,130" if kind == "area" else points
-    ends = dict(low=low, high=high, top=f"{top:,.4g}")
-    return ends | dict(title=title, x_name=x_name, points=points, kind=kind, marks=marks)
+def picture(title, x_name, y, low, high, log=False, marks=()):
+    """What PAGE draws of values y, evenly spaced from low to high, and of marks (x, place, label)."""
+    heights = np.log1p(y) if log else np.maximum(y, 0)
+    points = zip(np.linspace(30, 290, len(y)), 130 - 100 * heights / max(heights.max(), 1e-9))
+    points, top = " ".join(f"{x:.1f},{y:.1f}" for x, y in points), f"{max(y):,.4g}"
+    return dict(title=title, x_name=x_name, points=points, low=low, high=high, top=top, marks=marks)
 
 
-def examples(data, code, latent, tokenizer):
-    """Around a latent's strongest held-out tokens, one of a text, [(token, share of the largest f)]."""
-    row, col, f = code
-    at = (col == latent).nonzero().flatten()
-    at = at[f[at].argsort(descending=True)]
-    places = [(data.doc[data.n_train + i], data.pos[data.n_train + i]) for i in row[at].tolist()]
-    share, best = dict(zip(places, (f[at] / f[at].max()).tolist())), {}
+def examples(data, f, decode):
+    """Around five tokens with the largest f [held-out rows], each of another text: [(token, share of it)]."""
+    order = f.argsort(descending=True)[: f.count_nonzero()]
+    places = [(data.doc[data.n_train + i], data.pos[data.n_train + i]) for i in order.tolist()]
+    share, best = dict(zip(places, (f[order] / f.max()).tolist())), {}
     for doc, pos in places:
         best.setdefault(doc, pos)
     for doc, pos in list(best.items())[:5]:
         ids, start = data.docs[int(doc)]["input_ids"], max(0, pos - 16)
-        tokens = (tokenizer.decode([i]) if tokenizer else f"{i} " for i in ids[start : pos + 9])
-        shades = (f"{share.get((doc, pos), 0):.2f}" for pos in range(start, len(ids)))
-        yield [(token.replace("\n", "↵"), shade) for token, shade in zip(tokens, shades)]
+        tokens = [decode([i]).replace("\n", "↵") for i in ids[start : pos + 9]]
+        yield [(token, f"{share.get((doc, start + i), 0):.2f}") for i, token in enumerate(tokens)]
 
 
-def report(model, data, config, out, metrics, frequency, code):
+def report(model, data, config, out, metrics, frequency, codes):
     """Writes OUT/report.html, what the models share and what each has alone; returns the same for wandb."""
-    W, n_rows, alive = model.W_dec.detach(), config["val_tokens"], frequency > 0
+    W, alive = model.W_dec.detach(), frequency > 0
     D, nu = model.in_models(W), torch.full((2, len(W)), math.nan, device=W.device)
-    relative = relative_norm(D)
-    cosine = F.cosine_similarity(D[:, 0], D[:, 1], dim=-1)
+    relative, cosine = relative_norm(D), F.cosine_similarity(D[:, 0], D[:, 1], dim=-1)
     base, finetuned = alive & (relative < 0.1), alive & (relative > 0.9)
     shared = alive & ((relative - 0.5).abs() <= 0.1)
     if len(exclusive := (base | finetuned).nonzero().flatten()):
-        nu[:, exclusive] = latent_scaling(model, data.validation(), code, exclusive)
+        nu[:, exclusive] = latent_scaling(model, data.validation(), codes, exclusive)
     confirmed = (nu[0] < 0.5) & (nu[1] < 0.2)
     counts = [mask.sum().item() for mask in (alive, shared, base, finetuned, confirmed)]
     verdict = "of {:,} latents {:,} are alive: {:,} shared, {:,} base-only, {:,} fine-tuned-only"
@@ -789,52 +694,51 @@ def report(model, data, config, out, metrics, frequency, code):
     verdict = verdict.format(len(W), *counts)
 
     columns = dict(relative_norm=relative, cosine=cosine, frequency=frequency, nu_r=nu[0], nu_epsilon=nu[1])
-    columns["confirmed"] = torch.where(nu[0].isnan(), math.nan, confirmed.float())
-    often = alive & (frequency >= min(20 / n_rows, 0.01))
-    ranks = {"Fine-tuned-only latents": (finetuned, frequency), "Base-only latents": (base, frequency)}
+    often = alive & (frequency >= min(20 / config["val_tokens"], 0.01))
+    ranks = {"Fine-tuned-only latents, confirmed first": (finetuned, confirmed + frequency)}
+    ranks["Base-only latents, confirmed first"] = base, confirmed + frequency
     ranks["Shared latents that rotated most"] = shared & often, -cosine
     if model.basis == "delta":
         columns["share_of_change"] = relative_norm(W)
         ranks = {"Latents with the largest share of change": (often, columns["share_of_change"])} | ranks
-    tokenizer, docs, lists = None, getattr(data, "docs", None), {}
+    decode, docs, lists = str, getattr(data, "docs", None), {}
     if docs:
         from transformers import AutoTokenizer
 
         with contextlib.suppress(Exception):  # of many kinds; ids are shown then
-            tokenizer = AutoTokenizer.from_pretrained(data.meta["tokenizer"], local_files_only=True)
+            decode = AutoTokenizer.from_pretrained(data.meta["tokenizer"], local_files_only=True).decode
     for title, (mask, rank) in ranks.items():  # of each kind the first 20
-        best = rank.masked_fill(~mask, -math.inf).topk(min(20, mask.sum().item())).indices.tolist()
+        best = rank.masked_fill(~mask, -math.inf).topk(min(20, mask.sum().item())).indices
+        f = torch.cat([code.to_dense()[:, best] for code in codes]).T
         facts = [{key: round(column[j].item(), 4) for key, column in columns.items()} for j in best]
-        shown = [list(examples(data, code, j, tokenizer)) if docs else [] for j in best]
-        lists[title] = list(zip(best, facts, shown))
+        texts = [list(examples(data, f_j, decode)) if docs else [] for f_j in f]
+        lists[title] = list(zip(best.tolist(), facts, texts))
 
-    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
-    pairs = zip([dict(tokens=0), *rows], rows)
+    pairs, facts = zip([dict(tokens=0), *rows], rows), getattr(data, "meta", {}) | config
     seconds = sum((b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in pairs)
-    meta = getattr(data, "meta", {})
-    run = {key: meta[key] for key in ("base", "finetuned", "hooks") if key in meta}
-    run |= {key: config[key] for key in ("data", "variant", "basis", "k")}
+    names = ("base", "finetuned", "hooks", "data", "variant", "basis", "k")
+    run = {key: facts[key] for key in names if key in facts}
     run |= dict(tokens=f"{rows[-1]['tokens']:,}", seconds=round(seconds))
     run |= {key: f"{value:,.4g}" for key, value in metrics.items()}
-    histogram = lambda y, low, high: (torch.histc(y.float().cpu(), 50, low, high).tolist(), low, high, "area")
-    marks = [(0.1, "middle", "base-only"), (0.4, "", "shared"), (0.6, "", ""), (0.9, "", "")]
-    marks.append((1, "end", "fine-tuned-only"))
-    name, log10, ends = "relative decoder norm", frequency[alive].log10(), [rows[i]["step"] for i in (0, -1)]
+    histogram = lambda y, low, high: (torch.histc(y.float().cpu(), 50, low, high).numpy(), low, high, True)
+    marks = [(56, "middle", "base-only"), (134, "", "shared"), (186, "", ""), (264, "end", "fine-tuned-only")]
+    log10, ends = frequency[alive].log10(), (rows[0]["step"], rows[-1]["step"])
     pictures = [
-        picture("alive latents (log)", name, *histogram(relative[alive], 0, 1), marks),
+        picture("alive latents (log)", "relative decoder norm", *histogram(relative[alive], 0, 1), marks),
         picture("shared latents (log)", "cosine of d_A and d_B", *histogram(cosine[shared], -1, 1)),
         picture("alive latents (log)", "log10 of firing frequency", *histogram(log10, -6, 0)),
     ]
-    for key in ("loss", "explained_variance", "l0_loss"):
-        pictures.append(picture(key, "step", [row[key] for row in rows], *ends))
+    curves = ("loss", "explained_variance", "l0_loss")
+    pictures += [picture(key, "step", [row[key] for row in rows], *ends) for key in curves]
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
     page = page.render(verdict=verdict, run=run, pictures=pictures, lists=lists)
     write_atomically(out / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
     print(f"{verdict}\nreport: {out / 'report.html'}")
-    table = [[title, j, *facts.values()] for title in lists for j, facts, _ in lists[title]]
     shown = dict(relative_norm=relative[alive], cosine=cosine[shared], log10_frequency=log10)
     shown = {f"report/{name}": wandb.Histogram(y.cpu().numpy()) for name, y in shown.items()}
+    table = [[title, j, *facts.values()] for title in lists for j, facts, _ in lists[title]]
     shown["report/latents"] = wandb.Table(["list", "latent", *columns], table)
     return shown | {"report/page": wandb.Html(page)}
 
@@ -883,42 +787,30 @@ def write_atomically(path, write):
         fail(f"{path} cannot be written and is as it was: {first_line(e)}. Make room on the disk, and go on")
 
 
-def start_run(config):
-    """Makes the folder of a new run, and returns its path; one that already holds a run is left alone."""
-    name = f"{Path(config['data']).name}-{config['variant']}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    out = Path(config["out_dir"] or Path("out") / name)
-    if (out / "metrics.jsonl").exists():
-        go_on = "go on with it by --resume=True" if (out / "checkpoint.pt").exists() else "delete it"
-        fail(f"--out_dir={out} already holds a run: {go_on}, or give another name")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
 class Log:
     """Rows of metrics: one short line on the terminal, all of it in OUT/metrics.jsonl and wandb."""
 
     shown = "l2_loss l0_loss explained_variance dead_latents aux_loss tokens_per_second".split()
 
     def __init__(self, out, config, checkpoint):
-        self.path = out / "metrics.jsonl"
+        self.path, self.has_wandb = out / "metrics.jsonl", True
         rows = self.path.read_text().splitlines(keepends=True) if checkpoint else []
         rows = [row for row in rows if row.endswith("\n")]  # a last one may have been cut off
         rows = [row for row in rows if json.loads(row)["step"] <= checkpoint["step"]]  # the others come again
         write_atomically(self.path, lambda part: part.write_text("".join(rows)))
         os.environ.setdefault("WANDB_SILENT", "true")
-        self.wandb_id = checkpoint["wandb_id"] if checkpoint else uuid.uuid4().hex[:8]
+        self.wandb_id = checkpoint["wandb_id"] if checkpoint else os.urandom(4).hex()
         options = dict(project=config["wandb_project"], mode=config["wandb_mode"], name=out.name, dir=out)
-        options |= dict(config=config, id=self.wandb_id, resume="allow")
-        self.wandb = None
-        self.to_wandb(lambda: setattr(self, "wandb", wandb.init(**options)))
+        self.to_wandb(wandb.init, **options, config=config, id=self.wandb_id, resume="allow")
 
-    def to_wandb(self, call):
-        """Calls `call`, which speaks to wandb. A run goes on without it after one that fails."""
+    def to_wandb(self, call, *args, **options):
+        """call(...), a function of wandb's. A run goes on without wandb after one that fails."""
         try:
-            call()
+            if self.has_wandb:
+                call(*args, **options)
         except Exception as e:  # of many kinds, and none is worth a run
             print(f"warning: going on without wandb: {first_line(e)}", file=sys.stderr)
-            self.to_wandb = lambda call: None
+            self.has_wandb = False
 
     def __call__(self, step, row, prefix=""):
         shown = "  ".join(f"{key} {row[key]:.4g}" for key in self.shown if key in row)
@@ -926,40 +818,51 @@ class Log:
         row = {prefix + key: value for key, value in row.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(dict(step=step) | row) + "\n")
-        self.to_wandb(lambda: self.wandb.log(row, step=step))
-
-
-def keep_freed_memory():
-    """What a step frees is kept for the next: to have the kernel clear new pages costs a tenth of a step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # only glibc has it
-    mallopt(-4, 0)  # M_MMAP_MAX
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        self.to_wandb(wandb.log, row, step=step)
 
 
 def set_up(config):
     """The device of this process, which joins the others if torchrun started it."""
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
-    device = find_device(config["device"])
     torch.backends.cuda.matmul.allow_tf32 = True
-    if "LOCAL_RANK" in os.environ:
+    name, local_rank = config["device"], os.environ.get("LOCAL_RANK")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=f"cuda:{local_rank}" if local_rank and name == "cuda" else name).device
+    except (RuntimeError, AssertionError) as e:  # no such name, or no such hardware
+        fail(f"--device={name}: {first_line(e)}")
+    if local_rank and not dist.is_initialized():
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
 def train(config, checkpoint=None):
     """Trains by the config, from the checkpoint if one is given, and returns the crosscoder, in eval mode."""
     device = set_up(config)
+    config, (rank, n_processes) = resolve(config), world()
     if sys.platform == "linux" and device.type == "cpu":
-        keep_freed_memory()
-    config, is_main = resolve(config), world()[0] == 0
+        # What a step frees is kept for the next: to have the kernel clear new pages costs a tenth of a step.
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     torch.manual_seed(config["seed"])
-    data = load_data(config, checkpoint)
-    if is_main:
-        out = Path(config["out_dir"]) if checkpoint else start_run(config)
+    if config["data"] == "stream":
+        from collect import Stream
+
+        data = Stream(config, checkpoint["texts_read"] if checkpoint else 0)
+    else:
+        data = Toy(config) if config["data"] == "toy" else Store(config)
+    if config["ce_eval"] and not getattr(data, "docs", None):
+        fail("--ce_eval=True takes the texts of a store that collect.py wrote")
+    if rank == 0:
+        name = f"{Path(config['data']).name}-{config['variant']}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        out = Path(config["out_dir"] or Path("out") / name)
+        if not checkpoint and (out / "metrics.jsonl").exists():
+            go_on = "go on with it by --resume=True" if (out / "checkpoint.pt").exists() else "delete it"
+            fail(f"--out_dir={out} already holds a run: {go_on}, or give another name")
+        out.mkdir(parents=True, exist_ok=True)
         config["out_dir"] = str(out)
         print("\n".join(f"{key} = {value!r}" for key, value in config.items()))
     size = (data.n_models, data.d_model, config["d_hidden"])
@@ -982,12 +885,10 @@ def train(config, checkpoint=None):
             fail(f"the checkpoint does not fit this data and config: {' '.join(str(e).split())[:300]}")
     else:
         model.start_at(data.batch(0).to(device), data.scale.to(device))
-    log = Log(out, config, checkpoint) if is_main else lambda *_: None
-    parallel = model
-    if dist.is_initialized():
-        options = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
-        parallel = nn.parallel.DistributedDataParallel(model, **options)
-    floor = product_seconds(model, batch_size // world()[1])
+    log = Log(out, config, checkpoint) if rank == 0 else None
+    some = torch.randn(min(batch_size // n_processes, model.rows_at_once), size[0] * size[1], device=device)
+    with torch.no_grad():
+        floor = Timer("model.product(some)", globals=locals()).timeit(3).median * batch_size / len(some)
     logged_at, logged_step = time.perf_counter(), start
 
     for step, x in prefetched(data, range(start, steps), device):
@@ -997,19 +898,18 @@ def train(config, checkpoint=None):
         auto = device.type == "cpu" and share < 0.04  # where the two steps cost the same
         sparse = auto if config["sparse"] == "auto" else config["sparse"] == "True"
         optimizer.zero_grad()
-        losses = parallel(x, **terms, dead=dead if config["aux_coeff"] else dead[:0], sparse=sparse)
-        losses["loss"].backward()
+        losses = model.losses(x, **terms, dead=dead if config["aux_coeff"] else dead[:0], sparse=sparse)
+        (losses["loss"] / n_processes).backward()
+        for p in model.parameters():  # all are ready at once: there is nothing to overlap this with
+            all_reduce(p.grad)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
         if not grad_norm.isfinite():
             norms = ", ".join(f"{norm:.3g}" for norm in x.double().norm(dim=-1).amax(1).topk(3).values)
             said = f"loss {losses['loss'].item():.3g}, --lr={lr:.3g}, largest norms of rows {norms}"
-            fail(
-                f"step {step}: the gradient is not finite ({said}). Lower --lr, or drop such rows, and go on "
-                "from the last checkpoint, if there is one: it is whole"
-            )
+            go_on = "Lower --lr, or drop such rows, and go on from the last checkpoint, if there is one"
+            fail(f"step {step}: the gradient is not finite ({said}). {go_on}: it is whole")
         optimizer.step()
         scheduler.step()
-        model.update_threshold()
         flags = torch.cat([losses["fired"], torch.tensor([len(stop_signals) > 0], device=device)])
         flags = all_reduce(flags.int()) > 0  # of any process
         since_fired, stop = torch.where(flags[:-1], 0, since_fired + batch_size), flags[-1]
@@ -1020,38 +920,40 @@ def train(config, checkpoint=None):
 
         if due(config["log_every"]):
             names = ["loss", "l2_loss", "l1_loss", "l0_loss", "aux_loss"]
-            means = all_reduce(torch.stack([losses[name].detach() for name in names])) / world()[1]
+            means = all_reduce(torch.stack([losses[name].detach() for name in names])) / n_processes
             row = dict(zip(names, means.tolist()))
             row |= explained_variance(model, all_reduce(moments(model, losses["x"], losses["error"])))
             row |= dict(l1_coeff=l1_coeff, lr=lr, dead_latents=len(dead), grad_norm=grad_norm.item())
             seconds = (time.perf_counter() - logged_at) / (step - logged_step)
             row |= dict(threshold=model.threshold.item(), tokens=step * batch_size)
-            log(step, row | dict(tokens_per_second=batch_size / seconds, floor_fraction=floor / seconds))
+            row |= dict(tokens_per_second=batch_size / seconds, floor_fraction=floor / seconds)
+            log(step, row) if rank == 0 else None
             logged_at, logged_step = time.perf_counter(), step
-        if is_main and config["val_tokens"] and due(config["eval_every"]):
-            validated = evaluate(model, data, l1_coeff, config["ce_eval"] and step == steps)
+        if rank == 0 and config["val_tokens"] and due(config["eval_every"]):
+            validated = validate(model, data, l1_coeff, config["ce_eval"] and step == steps)
             log(step, validated[0], "val/")
-        if is_main and (due(config["save_every"]) or stop):
+        if rank == 0 and (due(config["save_every"]) or stop):
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(step=step, config=config, since_fired=since_fired, share=share)
             state |= dict(wandb_id=log.wandb_id, random_state=torch.get_rng_state())
             state["texts_read"] = getattr(data, "texts_read", 0)
             write_atomically(out / "checkpoint.pt", lambda part, state=state: torch.save(state, part))
         if stop and step < steps:
-            if is_main:
-                log.to_wandb(lambda: log.wandb.finish())
+            if rank == 0:
+                log.to_wandb(wandb.finish)
                 print(f"stopped at step {step}: go on by --resume=True --out_dir={out}", file=sys.stderr)
             raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
 
-    if is_main:
+    if rank == 0:
         model.save_pretrained(out / "crosscoder")
-        if config["val_tokens"] and start < steps:
-            found = report(model, data, config, out, *validated)
-            log.to_wandb(lambda: log.wandb.log(found, step=steps))
+        if config["val_tokens"]:
+            if start == steps:
+                validated = validate(model, data, config["l1_coeff"], config["ce_eval"])
+            log.to_wandb(wandb.log, report(model, data, config, out, *validated), step=steps)
             if config["data"] == "toy":
                 print(*data.score(model, validated[1]), sep="\n")
         print(f"weights: CrossCoder.from_pretrained({str(out / 'crosscoder')!r})")
-        log.to_wandb(lambda: log.wandb.finish())
+        log.to_wandb(wandb.finish)
     return model.eval()
 
 
@@ -1083,15 +985,8 @@ def main(argv):
         for key in ("data", "variant", "basis", "d_hidden", "seed"):
             if given.get(key, defaults[key]) != defaults[key]:
                 fail(f"--{key}={given[key]}: this run has {defaults[key]}, and resuming cannot change it")
-    if given.get("report_only"):
-        settings, out = defaults | given, Path(given["out_dir"])
-        require(settings, "val_tokens")
-        if not (out / "crosscoder" / "model.safetensors").is_file():
-            fail(f"{out} holds no finished run: go on with it by --resume=True")
-        model = CrossCoder.from_pretrained(out / "crosscoder").to(set_up(settings)).eval()
-        data = load_data(settings, checkpoint)
-        report(model, data, settings, out, *evaluate(model, data, settings["l1_coeff"], settings["ce_eval"]))
-        return model
+        if given.get("report_only"):
+            given["steps"] = checkpoint["step"]  # none are left
     return train(defaults | given, checkpoint)
 
 
