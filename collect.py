@@ -414,24 +414,18 @@ def finish(config, harvest, building, out):
         join([part / name for part in parts], building / "store" / name)
     join([part / "docs" for part in parts if part.name.endswith(furthest)], building / "store" / "docs")
     norm_sum = np.sum([state["norm_sum"] for state in last.values()], axis=0)
-    versions = ["torch", "transformers", "nnsight", "datasets"]
-    meta = dict(
-        config,
-        hooks=harvest.hooks,
-        d_model=harvest.d_model,
-        tokens=tokens,
-        scale=(harvest.d_model**0.5 / (norm_sum / tokens)).tolist(),
-        dropped=dropped,
-        tokenizer=config["finetuned"],
-        versions={name: importlib.metadata.version(name) for name in versions},
-    )
+    scale = (harvest.d_model**0.5 / (norm_sum / tokens)).tolist()
+    names = ("torch", "transformers", "nnsight", "datasets")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    meta = config | dict(hooks=harvest.hooks, d_model=harvest.d_model, tokens=tokens, scale=scale)
+    meta |= dict(dropped=dropped, tokenizer=config["finetuned"], versions=versions)
     (building / "store" / "meta.json").write_text(json.dumps(meta, indent=1))
     os.replace(building / "store", out)
     shutil.rmtree(building)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {tokens} tokens, {size / 1e9:.2f} GB, of {harvest.hooks[0]}")
     print("dropped:", ", ".join(f"{count} {reason}" for reason, count in dropped.items()))
-    print("scale:", ", ".join(f"{scale:.5g}" for scale in meta["scale"]))
+    print("scale:", ", ".join(f"{y:.5g}" for y in scale))
     if tokens < config["n_tokens"]:
         print(f"the texts ended before --n_tokens={config['n_tokens']}")
 

@@ -865,8 +865,8 @@ def train(config, checkpoint=None):
         out.mkdir(parents=True, exist_ok=True)
         config["out_dir"] = str(out)
         print("\n".join(f"{key} = {value!r}" for key, value in config.items()))
-    size = (data.n_models, data.d_model, config["d_hidden"])
-    model = CrossCoder(*size, config["variant"], config["k"], config["basis"]).to(device)
+    options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis")}
+    model = CrossCoder(data.n_models, data.d_model, **options).to(device)
     betas = (config["beta1"], config["beta2"])
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
@@ -886,9 +886,11 @@ def train(config, checkpoint=None):
     else:
         model.start_at(data.batch(0).to(device), data.scale.to(device))
     log = Log(out, config, checkpoint) if rank == 0 else None
-    some = torch.randn(min(batch_size // n_processes, model.rows_at_once), size[0] * size[1], device=device)
-    with torch.no_grad():
-        floor = Timer("model.product(some)", globals=locals()).timeit(3).median * batch_size / len(some)
+    some = torch.randn(min(batch_size // n_processes, model.rows_at_once), model.b_dec.numel(), device=device)
+    timer = Timer("model.product(some)", globals=locals(), num_threads=torch.get_num_threads())
+    floor = (
+        timer.timeit(3).median * batch_size / n_processes / len(some)
+    )  # seconds no exact step can undercut
     logged_at, logged_step = time.perf_counter(), start
 
     for step, x in prefetched(data, range(start, steps), device):
@@ -936,7 +938,7 @@ def train(config, checkpoint=None):
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(step=step, config=config, since_fired=since_fired, share=share)
             state |= dict(wandb_id=log.wandb_id, random_state=torch.get_rng_state())
-            state["texts_read"] = getattr(data, "texts_read", 0)
+            state |= dict(texts_read=getattr(data, "texts_read", 0))
             write_atomically(out / "checkpoint.pt", lambda part, state=state: torch.save(state, part))
         if stop and step < steps:
             if rank == 0:
