@@ -957,6 +957,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(capsys, monk
     assert metrics("out")[-1]["step"] == 20
 
 
+def test_models_that_cannot_be_spliced_into_cost_no_trained_weights(pairs, capsys):
+    collect.collect(collect_config(pairs["llama"][0]))
+    meta = Path("acts/meta.json")
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | dict(base="moved/away")))
+    options = "--data=acts --out_dir=out --steps=10 --save_every=0 --ce_eval=True".split()
+    assert "moved/away" in error_of(capsys, run, *options)
+    assert torch.load("out/checkpoint.pt", weights_only=True)["step"] == 10
+    train.CrossCoder.from_pretrained("out/crosscoder")
+    train.main(["--out_dir=out", "--report_only=True", "--ce_eval=False"])
+    assert Path("out/report.html").exists()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_training_after_its_step_with_all_saved(number, code):
     process = script("train.py", *SMALL, "--save_every=0", "--steps=1_000_000", "--out_dir=out")

@@ -46,7 +46,7 @@ config = dict(
     # I/O
     out_dir="",  # folder of the run; empty makes a new one, out/DATA-VARIANT-TIME
     resume=False,  # go on from out_dir's checkpoint, with its config and what is given beside it
-    report_only=False,  # write the report of out_dir's finished run again, without training
+    report_only=False,  # report again on out_dir's last checkpoint, without training
     save_every=500,  # steps between checkpoints; 0: only at the end
     # logging
     log_every=50,  # steps between rows of metrics
@@ -539,7 +539,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
                 f = torch.zeros_like(pre).scatter(1, top, pre.gather(1, top))
                 squares.append((f @ W_dec[dead] + error.detach()).square())
             squares = torch.stack([square.sum() / len(x) for square in squares])
-        if self.last_smallest is not None:  # of batchtopk; the first threshold is the first smallest
+        if self.training and self.last_smallest is not None:  # started from the first, no sentinel
             self.threshold.lerp_(self.last_smallest, torch.where(self.threshold == 0, 1.0, 0.02))
         l2_loss, aux_loss = squares[0], squares[1:].sum() * min(len(dead) / k_aux, 1)
         loss = l2_loss + aux_coeff * aux_loss + (l1_coeff * l1_loss if self.variant == "vanilla" else 0)
@@ -581,7 +581,7 @@ def decoded(model, code):
 
 
 @torch.no_grad()
-def validate(model, data, l1_coeff, ce_eval=False):
+def validate(model, data, l1_coeff):
     """
     Of held-out rows, in inference mode: metrics, how often each latent fires [d_hidden], and the code of each
     of the blocks of data.validation(), sparse [rows, d_hidden].
@@ -600,10 +600,6 @@ def validate(model, data, l1_coeff, ce_eval=False):
     loss = l2_loss + l1_coeff * l1_loss if model.variant == "vanilla" else l2_loss
     metrics = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss)
     metrics |= explained_variance(model, seen) | dict(dead_latents=(fired == 0).sum().item())
-    if ce_eval:
-        from collect import loss_recovered
-
-        metrics |= loss_recovered(model.eval(), data)
     return metrics, fired / n_rows, codes
 
 
@@ -723,7 +719,8 @@ def report(model, data, config, out, metrics, frequency, codes):
     run |= dict(tokens=f"{rows[-1]['tokens']:,}", seconds=round(seconds))
     run |= {key: f"{value:,.4g}" for key, value in metrics.items()}
     histogram = lambda y, low, high: (torch.histc(y.float().cpu(), 50, low, high).numpy(), low, high, True)
-    marks = [(56, "middle", "base-only"), (134, "", "shared"), (186, "", ""), (264, "end", "fine-tuned-only")]
+    marks = [(56, "middle", "base-only"), (134, "", "shared"), (186, "", ""), (264, "", "")]
+    marks.append((290, "end", "fine-tuned-only"))
     log10, ends = frequency[alive].log10(), (rows[0]["step"], rows[-1]["step"])
     pictures = [
         picture("alive latents (log)", "relative decoder norm", *histogram(relative[alive], 0, 1), marks),
@@ -791,6 +788,7 @@ class Log:
     """Rows of metrics: one short line on the terminal, all of it in OUT/metrics.jsonl and wandb."""
 
     shown = "l2_loss l0_loss explained_variance dead_latents aux_loss tokens_per_second".split()
+    shown += ["loss_recovered_A", "loss_recovered_B"]
 
     def __init__(self, out, config, checkpoint):
         self.path, self.has_wandb = out / "metrics.jsonl", True
@@ -932,7 +930,7 @@ def train(config, checkpoint=None):
             log(step, row) if rank == 0 else None
             logged_at, logged_step = time.perf_counter(), step
         if rank == 0 and config["val_tokens"] and due(config["eval_every"]):
-            validated = validate(model, data, l1_coeff, config["ce_eval"] and step == steps)
+            validated = validate(model, data, l1_coeff)
             log(step, validated[0], "val/")
         if rank == 0 and (due(config["save_every"]) or stop):
             state = {name: part.state_dict() for name, part in parts.items()}
@@ -946,17 +944,22 @@ def train(config, checkpoint=None):
                 print(f"stopped at step {step}: go on by --resume=True --out_dir={out}", file=sys.stderr)
             raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
 
+    model.eval()
     if rank == 0:
         model.save_pretrained(out / "crosscoder")
         if config["val_tokens"]:
-            if start == steps:
-                validated = validate(model, data, config["l1_coeff"], config["ce_eval"])
-            log.to_wandb(wandb.log, report(model, data, config, out, *validated), step=steps)
+            metrics, *found = validated if start < steps else validate(model, data, config["l1_coeff"])
+            if config["ce_eval"]:
+                from collect import loss_recovered
+
+                metrics |= (recovered := loss_recovered(model, data))
+                log(steps, recovered, "val/")
+            log.to_wandb(wandb.log, report(model, data, config, out, metrics, *found), step=steps)
             if config["data"] == "toy":
-                print(*data.score(model, validated[1]), sep="\n")
+                print(*data.score(model, found[0]), sep="\n")
         print(f"weights: CrossCoder.from_pretrained({str(out / 'crosscoder')!r})")
         log.to_wandb(wandb.finish)
-    return model.eval()
+    return model
 
 
 stop_signals = []  # received so far
