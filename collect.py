@@ -68,9 +68,9 @@ choices = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
 
 def load(key, config):
     """The model and the tokenizer of config[key]."""
-    remote, dtype = (dict(trust_remote_code=config["trust_remote_code"]), getattr(torch, config["dtype"]))
+    remote = dict(trust_remote_code=config["trust_remote_code"])
     try:
-        model = AutoModelForCausalLM.from_pretrained(config[key], dtype=dtype, **remote)
+        model = AutoModelForCausalLM.from_pretrained(config[key], dtype=config["dtype"], **remote)
         return model.eval(), AutoTokenizer.from_pretrained(config[key], **remote)
     except Exception as e:  # of many kinds, for a name, a folder or a network that is not there
         fail(f"--{key}={config[key]} cannot be loaded: {first_line(e)}")
@@ -134,7 +134,7 @@ def loss_recovered(crosscoder, data, n_docs=16):
     models = [NNsight(load(key, config)[0].to(device)) for key in ("base", "finetuned")]
     models, sums, n_targets = list(zip(models, data.meta["hooks"])), torch.zeros(2, 3), 0
     for doc in np.unique(data.doc[data.n_train :])[:n_docs]:
-        ids = torch.tensor([data.docs[int(doc)]["input_ids"]], device=device)
+        ids = torch.tensor([data.docs[int(doc)]], device=device)
         kept = torch.tensor(data.pos[data.doc == doc].astype(int), device=device)
         x = torch.stack([activations(*pair, ids, torch.ones_like(ids))[0] for pair in models], dim=1)
         spliced, zero = x.clone(), x.clone()  # [position, model, d_model]
@@ -328,7 +328,6 @@ def write_part(path, rows, docs, state):
     """One shard of each of the store's datasets, and where to go on; whole when `path` is there."""
 
     def write(part):
-        shutil.rmtree(part, ignore_errors=True)
         index = {name: rows[name].int().numpy() for name in ("token", "doc", "pos")}
         for model, name in enumerate(("base", "finetuned")):
             flat = pa.array(rows["x"][:, model].flatten().numpy())

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import wandb
 from datasets import Dataset, load_from_disk
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
@@ -957,6 +958,26 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(capsys, monk
     assert metrics("out")[-1]["step"] == 20
 
 
+def test_a_disk_that_is_full_when_the_weights_are_written_leaves_the_checkpoint(capsys, monkeypatch):
+    def full(self, folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    run("--steps=10", "--out_dir=out", "--save_every=0")
+    before = Path("out/crosscoder/model.safetensors").read_bytes()
+    again = ["--resume=True", "--out_dir=out", "--steps=20"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.CrossCoder, "save_pretrained", full)
+        said = error_of(capsys, train.main, again)
+    assert "No space left" in said and "out/crosscoder cannot be written" in said
+    assert torch.load("out/checkpoint.pt", weights_only=True)["step"] == 20
+    assert Path("out/crosscoder/model.safetensors").read_bytes() == before
+    assert not list(Path("out").glob("*.part"))
+    train.main(again)
+    assert Path("out/crosscoder/model.safetensors").read_bytes() != before
+
+
 def test_models_that_cannot_be_spliced_into_cost_no_trained_weights(pairs, capsys):
     collect.collect(collect_config(pairs["llama"][0]))
     meta = Path("acts/meta.json")
@@ -1021,6 +1042,18 @@ def test_a_checkpoint_runs_no_code_and_one_that_is_damaged_gets_one_line(capsys)
     error_of(capsys, train.main, ["--resume=True", "--out_dir=out"])
 
 
+def test_a_checkpoint_with_something_missing_or_of_another_kind_gets_one_line(capsys):
+    run("--steps=3", "--out_dir=out")
+    good = torch.load("out/checkpoint.pt", weights_only=True)
+    names = ("model", "optimizer", "scheduler", "since_fired", "random_state", "step", "share", "config")
+    bad = [{key: good[key] for key in good if key != name} for name in (*names, "wandb_id")]
+    bad += [good | {name: "x"} for name in names] + [good | dict(since_fired=torch.zeros(3)), [good]]
+    changes = [dict(steps="x"), dict(lr=-1), dict(k=2.5), dict(variant="other"), dict(data=3), dict(kk=3)]
+    for state in bad + [good | dict(config=good["config"] | change) for change in changes]:
+        torch.save(state, "out/checkpoint.pt")
+        error_of(capsys, train.main, ["--resume=True", "--out_dir=out"])
+
+
 def test_what_a_stranger_wrote_cannot_switch_remote_code_on(capsys, monkeypatch):
     run("--steps=3", "--out_dir=out")
     state = torch.load("out/checkpoint.pt", weights_only=True)
@@ -1053,9 +1086,15 @@ def damaged(kind):
         next(Path("acts/base").glob("*.arrow")).unlink()
     if kind == "meta":
         Path("acts/meta.json").write_text('{"scale": [1')
-    if kind == "no scale":
-        Path("acts/meta.json").write_text("{}")
-        load_from_disk("acts/base").save_to_disk("acts/docs")
+    if "scale" in kind:
+        scales = {"one scale": [1], "scale of nan": [1, float("nan")], "scale of words": ["a", "b"]}
+        Path("acts/meta.json").write_text(json.dumps(dict(scale=scales[kind]) if kind in scales else {}))
+        write_store("acts", x, doc=np.arange(500), pos=np.arange(500))
+        Dataset.from_dict(dict(input_ids=[[0]] * 500)).save_to_disk("acts/docs")
+    if kind == "docs of another store":
+        Path("acts/meta.json").write_text('{"scale": [1, 1]}')
+        write_store("acts", x, doc=np.arange(500), pos=np.arange(500))
+        Dataset.from_dict(dict(input_ids=[[0]] * 3)).save_to_disk("acts/docs")
 
 
 @pytest.mark.parametrize(
@@ -1073,6 +1112,10 @@ def damaged(kind):
         ("missing file", "No such file"),
         ("meta", "delimiter"),
         ("no scale", "'scale'"),
+        ("one scale", "scale is [1]"),
+        ("scale of nan", "scale is [1, nan]"),
+        ("scale of words", "too many dimensions 'str'"),
+        ("docs of another store", "docs has 3 rows"),
     ],
 )
 def test_a_damaged_store_gets_one_line(capsys, kind, said):

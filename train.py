@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ import wandb
 from datasets import load_from_disk
 from einops import einsum
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.benchmark import Timer
 
@@ -243,8 +245,13 @@ class Store:
                 raise ValueError(f"found {[str(table['activation'].type) for table in tables]}")
             if (path / "meta.json").exists():
                 self.meta = json.loads((path / "meta.json").read_text())
-                self.docs, self.scale = load_from_disk(path / "docs"), torch.tensor(self.meta["scale"])
+                self.docs = load_from_disk(path / "docs")["input_ids"]
+                self.scale = torch.tensor(self.meta["scale"], dtype=torch.float)
                 self.doc, self.pos = (tables[0][name].to_numpy() for name in ("doc", "pos"))
+                if self.doc.max() >= len(self.docs):
+                    raise ValueError(f"docs has {len(self.docs)} rows, but rows are of doc {self.doc.max()}")
+                if self.scale.shape != (2,) or not (self.scale.isfinite() & (self.scale > 0)).all():
+                    raise ValueError(f"scale is {self.meta['scale']} in meta.json")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
             expected = "base and finetuned, rows of floats, all of one length, in column activation"
             fail(f"--data={path}: neither toy, nor stream, nor a whole store ({expected}): {first_line(e)}")
@@ -669,7 +676,7 @@ def examples(data, f, decode):
     for doc, pos in places:
         best.setdefault(doc, pos)
     for doc, pos in list(best.items())[:5]:
-        ids, start = data.docs[int(doc)]["input_ids"], max(0, pos - 16)
+        ids, start = data.docs[int(doc)], max(0, pos - 16)
         tokens = [decode([i]).replace("\n", "↵") for i in ids[start : pos + 9]]
         yield [(token, f"{share.get((doc, start + i), 0):.2f}") for i, token in enumerate(tokens)]
 
@@ -773,14 +780,17 @@ def resolve(config):
 
 
 def write_atomically(path, write):
-    """write(another path), which is then renamed: `path` is always wholly the old or wholly the new."""
+    """write(another path): a file or folder, which then takes the place of `path`, never half-written."""
     part = path.with_name(path.name + ".part")
+    discard = lambda path: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     try:
+        discard(part)  # of a process that was killed
         write(part)
+        if path.is_dir():  # which no other can be renamed to
+            discard(path)
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # the latter is torch's word for a full disk
-        if part.is_file():
-            part.unlink()  # to leave room
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch's and safetensors' words for a full disk
+        discard(part)  # to leave room
         fail(f"{path} cannot be written and is as it was: {first_line(e)}. Make room on the disk, and go on")
 
 
@@ -790,16 +800,15 @@ class Log:
     shown = "l2_loss l0_loss explained_variance dead_latents aux_loss tokens_per_second".split()
     shown += ["loss_recovered_A", "loss_recovered_B"]
 
-    def __init__(self, out, config, checkpoint):
+    def __init__(self, out, config, start, wandb_id):
         self.path, self.has_wandb = out / "metrics.jsonl", True
-        rows = self.path.read_text().splitlines(keepends=True) if checkpoint else []
+        rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         rows = [row for row in rows if row.endswith("\n")]  # a last one may have been cut off
-        rows = [row for row in rows if json.loads(row)["step"] <= checkpoint["step"]]  # the others come again
+        rows = [row for row in rows if json.loads(row)["step"] <= start]  # the others come again
         write_atomically(self.path, lambda part: part.write_text("".join(rows)))
         os.environ.setdefault("WANDB_SILENT", "true")
-        self.wandb_id = checkpoint["wandb_id"] if checkpoint else os.urandom(4).hex()
         options = dict(project=config["wandb_project"], mode=config["wandb_mode"], name=out.name, dir=out)
-        self.to_wandb(wandb.init, **options, config=config, id=self.wandb_id, resume="allow")
+        self.to_wandb(wandb.init, **options, config=config, id=wandb_id, resume="allow")
 
     def to_wandb(self, call, *args, **options):
         """call(...), a function of wandb's. A run goes on without wandb after one that fails."""
@@ -849,7 +858,7 @@ def train(config, checkpoint=None):
     if config["data"] == "stream":
         from collect import Stream
 
-        data = Stream(config, checkpoint["texts_read"] if checkpoint else 0)
+        data = Stream(config, checkpoint.get("texts_read", 0) if checkpoint else 0)
     else:
         data = Toy(config) if config["data"] == "toy" else Store(config)
     if config["ce_eval"] and not getattr(data, "docs", None):
@@ -871,19 +880,21 @@ def train(config, checkpoint=None):
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
     since_fired = torch.zeros(config["d_hidden"], dtype=torch.long, device=device)  # tokens, of each latent
     share = 1.0 if config["variant"] == "vanilla" else config["k"] / config["d_hidden"]  # of active latents
-    start, steps, batch_size = 0, config["steps"], config["batch_size"]
+    start, batch_size, wandb_id = 0, config["batch_size"], os.urandom(4).hex()
     if checkpoint:
         try:
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
             torch.set_rng_state(checkpoint["random_state"])
-            since_fired = checkpoint["since_fired"].to(device)
-            share, start = checkpoint["share"], checkpoint["step"]
-        except (RuntimeError, ValueError, KeyError) as e:
+            since_fired.copy_(checkpoint["since_fired"])
+            share, wandb_id = float(checkpoint["share"]), checkpoint["wandb_id"]
+            start = int(checkpoint["step"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
             fail(f"the checkpoint does not fit this data and config: {' '.join(str(e).split())[:300]}")
     else:
         model.start_at(data.batch(0).to(device), data.scale.to(device))
-    log = Log(out, config, checkpoint) if rank == 0 else None
+    steps = start if config["report_only"] else config["steps"]
+    log = Log(out, config, start, wandb_id) if rank == 0 else None
     some = torch.randn(min(batch_size // n_processes, model.rows_at_once), model.b_dec.numel(), device=device)
     timer = Timer("model.product(some)", globals=locals(), num_threads=torch.get_num_threads())
     floor = (
@@ -935,7 +946,7 @@ def train(config, checkpoint=None):
         if rank == 0 and (due(config["save_every"]) or stop):
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= dict(step=step, config=config, since_fired=since_fired, share=share)
-            state |= dict(wandb_id=log.wandb_id, random_state=torch.get_rng_state())
+            state |= dict(wandb_id=wandb_id, random_state=torch.get_rng_state())
             state |= dict(texts_read=getattr(data, "texts_read", 0))
             write_atomically(out / "checkpoint.pt", lambda part, state=state: torch.save(state, part))
         if stop and step < steps:
@@ -946,7 +957,7 @@ def train(config, checkpoint=None):
 
     model.eval()
     if rank == 0:
-        model.save_pretrained(out / "crosscoder")
+        write_atomically(out / "crosscoder", model.save_pretrained)
         if config["val_tokens"]:
             metrics, *found = validated if start < steps else validate(model, data, config["l1_coeff"])
             if config["ce_eval"]:
@@ -971,28 +982,35 @@ def stop_soon(number, _):
     signal.signal(number, signal.SIG_DFL)
 
 
-def main(argv):
-    defaults, allowed, checkpoint = dict(config), choices, None
+def read_config(argv):
+    """The config as argv has it, for a stream with the keys of collect.py."""
+    defaults, allowed = config, choices
     if "--data=stream" in argv:
         import collect
 
         defaults, allowed = collect.config | config, collect.choices | choices
-    given = read_command_line(defaults, allowed, argv, __file__)
-    if given.get("resume") or given.get("report_only"):
-        path = Path(given.get("out_dir", "")) / "checkpoint.pt"
+    return defaults | read_command_line(defaults, allowed, argv, __file__)
+
+
+def main(argv):
+    settings, checkpoint = read_config(argv), None
+    if settings["resume"] or settings["report_only"]:
+        path = Path(settings["out_dir"]) / "checkpoint.pt"
         if not path.is_file():
             fail(f"there is no {path}: give the folder of a run by --out_dir")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which runs no code
-            defaults |= checkpoint["config"] | dict(trust_remote_code=False)  # nor lets any in
+            saved = dict(checkpoint["config"])
         except Exception as e:  # of many kinds
             fail(f"{path} is no checkpoint, or not whole: {first_line(e)}")
+        saved.pop("trust_remote_code", None)  # nor lets any in
+        settings = read_config([f"--{key}={value}" for key, value in saved.items()] + argv)
         for key in ("data", "variant", "basis", "d_hidden", "seed"):
-            if given.get(key, defaults[key]) != defaults[key]:
-                fail(f"--{key}={given[key]}: this run has {defaults[key]}, and resuming cannot change it")
-        if given.get("report_only"):
-            given["steps"] = checkpoint["step"]  # none are left
-    return train(defaults | given, checkpoint)
+            if settings[key] != saved.get(key):
+                fail(f"--{key}={settings[key]}: this run has {saved.get(key)}, and resuming cannot change it")
+        if settings["report_only"]:
+            require(settings, "val_tokens")
+    return train(settings, checkpoint)
 
 
 if __name__ == "__main__":
