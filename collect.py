@@ -155,30 +155,30 @@ def loss_recovered(crosscoder, data, n_docs=16):
 
 def read_texts(config, tokenizer):
     """(number of the text, text, whether it has its special tokens), in parts of 10,000 characters."""
-    name, kind = (config["text"], {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"})
-    path = Path(name)
+    kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    name, path, number = config["text"], Path(config["text"]), 0
     try:
-        if path.suffix in kind:
+        if path.suffix in kinds:
             options = dict(sample_by="paragraph") if path.suffix == ".txt" else {}
-            rows = load_dataset(kind[path.suffix], data_files=name, split="train", streaming=True, **options)
+            rows = load_dataset(kinds[path.suffix], data_files=name, split="train", streaming=True, **options)
         elif path.is_dir() and (path / "state.json").exists():
             rows = load_from_disk(name)
         else:
             rows = load_dataset(name, split=config["split"], streaming=True)
         first = next(iter(rows), None)
-    except Exception as e:  # datasets raises many kinds for a name, a file or a network that is not there
-        fail(f"--text={name} cannot be read: {first_line(e)}")
-    if first is None:
-        fail(f"--text={name} holds no text")
-    column = config["text_column"] or ("text" if "text" in first else "messages")
-    if column not in first:
-        fail(f"--text={name} has no column {column}, but {', '.join(first)}: say which by --text_column")
-    for number, row in enumerate(rows):
-        text, is_chat = row[column], not isinstance(row[column], str)
-        if is_chat:
-            text = tokenizer.apply_chat_template(text, tokenize=False)
-        for start in range(0, len(text), 10_000):
-            yield number, text[start : start + 10_000], is_chat
+        if first is None:
+            fail(f"--text={name} holds no text")
+        column = config["text_column"] or ("text" if "text" in first else "messages")
+        if column not in first:
+            fail(f"--text={name} has no column {column}, but {', '.join(first)}: say which by --text_column")
+        for number, row in enumerate(rows):
+            text, is_chat = row[column] or "", isinstance(row[column], list)
+            if is_chat:
+                text = tokenizer.apply_chat_template(row[column], tokenize=False)
+            for start in range(0, len(text), 10_000):
+                yield number, text[start : start + 10_000], is_chat
+    except Exception as e:  # datasets and tokenizers raise many kinds for a name, a network, a file or a row
+        fail(f"--text={name} cannot be read at row {number}: {first_line(e)}")
 
 
 def tokenize(tokenizer, texts, seq_len):

@@ -664,6 +664,8 @@ def test_texts_come_from_every_kind_of_source(pairs):
     Dataset.from_dict(dict(story=texts[:3])).to_parquet("a.parquet")
     assert [(i, text.strip(), chat) for i, text, chat in read("a.txt")] == expected
     assert read("saved") == read("a.parquet", text_column="story") == expected
+    Dataset.from_dict(dict(text=[*texts[:2], None, ""])).to_json("null.jsonl")
+    assert read("null.jsonl") == expected[:2]
     chat = [[dict(role="user", content="w1 w2"), dict(role="assistant", content="w3")]]
     Dataset.from_dict(dict(messages=chat)).to_json("chat.jsonl")
     assert read("chat.jsonl") == [(0, "<s> w1 w2 <s> w3 ", True)]
@@ -704,6 +706,8 @@ def test_a_stream_trains_and_its_batches_are_rows_of_both_models(pairs):
         (dict(text="no-such-org/no-such-text"), "--text=no-such-org/no-such-text"),
         (dict(text="empty.txt"), "empty.txt"),
         (dict(text="special.jsonl"), "no token"),
+        (dict(text="broken.jsonl"), "broken.jsonl cannot be read at row 3"),
+        (dict(text="numbers.jsonl"), "numbers.jsonl cannot be read at row 0"),
         (dict(text_column="story"), "story"),
         (dict(base=""), "--base"),
         (dict(n_tokens=10**14), "GB"),
@@ -713,6 +717,10 @@ def test_a_stream_trains_and_its_batches_are_rows_of_both_models(pairs):
 def test_collecting_the_impossible_gets_one_line_and_leaves_nothing(pairs, capfd, changes, said):
     Path("empty.txt").write_text("")
     Path("special.jsonl").write_text('{"text": "<s>"}')
+    Path("broken.jsonl").write_text("\n".join(['{"messages": [{"role": "user", "content": "w1"}]}'] * 3))
+    with Path("broken.jsonl").open("a") as file:
+        file.write('\n{"messages": []}')
+    Path("numbers.jsonl").write_text('{"text": 1}')
     before = set(Path().iterdir())
     with pytest.raises(SystemExit) as end:
         collect.collect(collect_config(pairs["llama"][0], **changes))
