@@ -218,9 +218,8 @@ class Toy:
             yield f"{name}: {found} of {n} planted features recovered ({found / n:.0%})"
         exclusive = kind != "shared"
         yield f"{(exclusive & ~near.any(1)).sum()} of {exclusive.sum()} exclusive latents are false"
-        l0 = frequency.sum().item()
-        if not 0.8 * self.n_active < l0 < 1.5 * self.n_active:
-            yield f"{l0:.0f} active latents a token are far from the {self.n_active} planted active features:"
+        if not 0.8 * self.n_active < frequency.sum() < 1.5 * self.n_active:
+            yield f"an L0 of {frequency.sum():.0f} is far from the {self.n_active} planted active features:"
             yield "explained variance may be high all the same, but what is recovered suffers"
 
 
@@ -691,10 +690,9 @@ def report(model, data, config, out, metrics, frequency, codes):
     if len(exclusive := (base | finetuned).nonzero().flatten()):
         nu[:, exclusive] = latent_scaling(model, data.validation(), codes, exclusive)
     confirmed = (nu[0] < 0.5) & (nu[1] < 0.2)
-    counts = [mask.sum().item() for mask in (alive, shared, base, finetuned, confirmed)]
-    verdict = "of {:,} latents {:,} are alive: {:,} shared, {:,} base-only, {:,} fine-tuned-only"
-    verdict += ", {:,} of them confirmed" if len(exclusive) else ": no exclusive latents"
-    verdict = verdict.format(len(W), *counts)
+    verdict = f"of {len(W):,} latents {alive.sum():,} are alive: {shared.sum():,} shared, "
+    verdict += f"{base.sum():,} base-only, {finetuned.sum():,} fine-tuned-only"
+    verdict += f", {confirmed.sum():,} of them confirmed" if len(exclusive) else ": no exclusive latents"
 
     columns = dict(relative_norm=relative, cosine=cosine, frequency=frequency, nu_r=nu[0], nu_epsilon=nu[1])
     often = alive & (frequency >= min(20 / config["val_tokens"], 0.01))
@@ -767,9 +765,8 @@ def resolve(config):
         fail(f"--k={config['k']} is larger than --d_hidden={config['d_hidden']}")
     if config["batch_size"] % world()[1]:
         fail(f"--batch_size={config['batch_size']} is no multiple of the number of processes, {world()[1]}")
-    for key in ("beta1", "beta2"):
-        if config[key] >= 1:
-            fail(f"--{key}={config[key]}: expected less than 1")
+    if max(config["beta1"], config["beta2"]) >= 1:
+        fail(f"--beta1={config['beta1']} and --beta2={config['beta2']}: expected less than 1")
     config = dict(config)
     if config["aux_coeff"] < 0:
         config["aux_coeff"] = 0.0 if config["variant"] == "vanilla" else 1 / 32
@@ -944,10 +941,9 @@ def train(config, checkpoint=None):
             validated = validate(model, data, l1_coeff)
             log(step, validated[0], "val/")
         if rank == 0 and (due(config["save_every"]) or stop):
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= dict(step=step, config=config, since_fired=since_fired, share=share)
-            state |= dict(wandb_id=wandb_id, random_state=torch.get_rng_state())
-            state |= dict(texts_read=getattr(data, "texts_read", 0))
+            state = dict(step=step, config=config, since_fired=since_fired, share=share, wandb_id=wandb_id)
+            state |= dict(random_state=torch.get_rng_state(), texts_read=getattr(data, "texts_read", 0))
+            state |= {name: part.state_dict() for name, part in parts.items()}
             write_atomically(out / "checkpoint.pt", lambda part, state=state: torch.save(state, part))
         if stop and step < steps:
             if rank == 0:
