@@ -57,7 +57,7 @@ config = dict(
     texts_per_batch=8,  # rows of a forward pass
     shuffle_rows=100_000,  # rows shuffled together before they are written, or streamed
     dtype="float32",  # of the models: float32, bfloat16 or float16
-    device="auto",  # auto (cuda if there is one), cpu, cuda, cuda:1, mps
+    device="auto",  # auto (cuda if there is one), cpu, cuda or cuda:1
     trust_remote_code=False,  # run code that comes with the models
     seed=0,
 )

@@ -79,7 +79,7 @@ config = dict(
     beta2=0.999,
     grad_clip=1.0,  # largest norm of the gradient
     # system
-    device="auto",  # auto (cuda if there is one), cpu, cuda, cuda:1, mps
+    device="auto",  # auto (cuda if there is one), cpu, cuda or cuda:1
     sparse="auto",  # exact sparse step: True, False, or auto (on the CPU, once few latents are active)
     seed=0,
 )
