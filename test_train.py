@@ -1062,6 +1062,14 @@ def test_a_checkpoint_with_something_missing_or_of_another_kind_gets_one_line(ca
         error_of(capsys, train.main, ["--resume=True", "--out_dir=out"])
 
 
+def test_a_run_with_a_key_of_the_users_own_is_resumed_whatever_its_default(monkeypatch):
+    monkeypatch.setitem(train.config, "mine", -0.5)
+    run("--steps=5", "--out_dir=out")
+    train.main(["--resume=True", "--out_dir=out", "--steps=10"])
+    assert torch.load("out/checkpoint.pt", weights_only=True)["config"]["mine"] == -0.5
+    assert metrics("out")[-1]["step"] == 10
+
+
 def test_what_a_stranger_wrote_cannot_switch_remote_code_on(capsys, monkeypatch):
     run("--steps=3", "--out_dir=out")
     state = torch.load("out/checkpoint.pt", weights_only=True)

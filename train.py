@@ -332,7 +332,8 @@ class SparseLosses(torch.autograd.Function):
         code = csr(row, col, f, n_codes * len(x), len(W_dec))
         error = times(code, W_dec)
         error[: len(x)].add_(b_dec).sub_(x)
-        error[len(x) :].add_(error[: len(x)]) if n_codes == 2 else None
+        if n_codes == 2:
+            error[len(x) :].add_(error[: len(x)])
         ctx.save_for_backward(x, W_dec, row, col, f, code, error)
         ctx.mark_non_differentiable(error)
         return f.clone(), error.norm(dim=1).square().view(n_codes, -1).mean(1), error
@@ -695,6 +696,7 @@ def report(model, data, config, out, metrics, frequency, codes):
     verdict += f", {confirmed.sum():,} of them confirmed" if len(exclusive) else ": no exclusive latents"
 
     columns = dict(relative_norm=relative, cosine=cosine, frequency=frequency, nu_r=nu[0], nu_epsilon=nu[1])
+    columns["confirmed"] = torch.where(nu[0].isnan(), math.nan, confirmed.float())
     often = alive & (frequency >= min(20 / config["val_tokens"], 0.01))
     ranks = {"Fine-tuned-only latents, confirmed first": (finetuned, confirmed + frequency)}
     ranks["Base-only latents, confirmed first"] = base, confirmed + frequency
@@ -894,9 +896,7 @@ def train(config, checkpoint=None):
     log = Log(out, config, start, wandb_id) if rank == 0 else None
     some = torch.randn(min(batch_size // n_processes, model.rows_at_once), model.b_dec.numel(), device=device)
     timer = Timer("model.product(some)", globals=locals(), num_threads=torch.get_num_threads())
-    floor = (
-        timer.timeit(3).median * batch_size / n_processes / len(some)
-    )  # seconds no exact step can undercut
+    floor = timer.timeit(3).median * batch_size / n_processes / len(some)  # seconds: no step can take less
     logged_at, logged_step = time.perf_counter(), start
 
     for step, x in prefetched(data, range(start, steps), device):
@@ -935,7 +935,8 @@ def train(config, checkpoint=None):
             seconds = (time.perf_counter() - logged_at) / (step - logged_step)
             row |= dict(threshold=model.threshold.item(), tokens=step * batch_size)
             row |= dict(tokens_per_second=batch_size / seconds, floor_fraction=floor / seconds)
-            log(step, row) if rank == 0 else None
+            if rank == 0:
+                log(step, row)
             logged_at, logged_step = time.perf_counter(), step
         if rank == 0 and config["val_tokens"] and due(config["eval_every"]):
             validated = validate(model, data, l1_coeff)
@@ -1000,7 +1001,8 @@ def main(argv):
         except Exception as e:  # of many kinds
             fail(f"{path} is no checkpoint, or not whole: {first_line(e)}")
         saved.pop("trust_remote_code", None)  # nor lets any in
-        settings = read_config([f"--{key}={value}" for key, value in saved.items()] + argv)
+        saved_argv = [f"--{key}={value}" for key, value in saved.items() if value != config.get(key)]
+        settings = read_config(saved_argv + argv)
         for key in ("data", "variant", "basis", "d_hidden", "seed"):
             if settings[key] != saved.get(key):
                 fail(f"--{key}={settings[key]}: this run has {saved.get(key)}, and resuming cannot change it")
