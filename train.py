@@ -365,17 +365,9 @@ def times(sparse, dense):
     return torch.addmm(out, sparse, dense, beta=0, out=out)
 
 
-def where_over(x, bound):
-    """
-    Where the flattened x [n, m] is over bound [m], as little is. On a CPU it is faster to compare into floats
-    than into bools, and to look for bools eight at a time, as one int64.
-    """
-    mask = torch.gt(x, bound, out=torch.empty_like(x)).bool().flatten()
-    if len(mask) % 8:
-        return mask.nonzero().flatten()
-    eights = mask.view(torch.int64).nonzero().flatten()
-    at = mask.view(-1, 8).index_select(0, eights).flatten().nonzero().flatten()
-    return eights[at >> 3] * 8 + (at & 7)
+def largest(y, k):
+    """A mask of the k largest of each row of y."""
+    return torch.zeros_like(y, dtype=torch.bool).scatter(1, y.topk(min(k, y.shape[1])).indices, True)
 
 
 class CrossCoder(nn.Module, PyTorchModelHubMixin):
@@ -469,24 +461,20 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         [batch, d_hidden] is never needed whole.
         """
         bound = 0.9999 * cut / norm - self.b_enc  # a hair low, for rounding; exact below
-        found = [], []
+        best, aux = [], []
         for start in range(0, n_rows, self.rows_at_once):
             product = product_of(start, start + self.rows_at_once)
-            first = torch.arange(len(product), device=norm.device)[:, None] * len(norm)  # flat, of each row
             if self.variant == "topk":
-                score = torch.addcmul(self.b_enc * norm, product, norm)
-                places = [first + score.topk(self.k, dim=1).indices.sort(dim=1).values]
-            else:
-                places = [where_over(product, bound)]
+                mask = largest(torch.addcmul(self.b_enc * norm, product, norm), self.k)
+            else:  # comparing into floats is faster on a CPU than into bools
+                mask = torch.gt(product, bound, out=torch.empty_like(product)).bool()
+            row, col = mask.nonzero(as_tuple=True)
+            best.append((start + row, col, product[row, col] + self.b_enc[col]))
             if len(dead):
-                top = (product[:, dead] + self.b_enc[dead]).topk(min(k_aux, len(dead)), dim=1).indices
-                places.append(first + dead[top].sort(dim=1).values)
-            for at, parts in zip(places, found):
-                at = at.flatten()
-                row = at // len(norm)
-                col = at - row * len(norm)  # cheaper than %
-                parts.append((start + row, col, product.take(at) + self.b_enc[col]))
-        best, aux = ([torch.cat(column) for column in zip(*parts)] for parts in found)
+                pre = product[:, dead] + self.b_enc[dead]
+                row, col = largest(pre, k_aux).nonzero(as_tuple=True)
+                aux.append((start + row, dead[col], pre[row, col]))
+        best, aux = ([torch.cat(column) for column in zip(*parts)] for parts in (best, aux))
         keep = (best[2] * norm[best[1]] > cut).nonzero().flatten()
         return [column[keep] for column in best], aux
 
@@ -542,8 +530,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             l0_loss, fired = active.sum() / len(x), active.any(0)
             if len(dead):
                 pre = product[:, dead] + self.b_enc[dead]
-                top = pre.topk(min(k_aux, len(dead)), dim=1).indices
-                f = torch.zeros_like(pre).scatter(1, top, pre.gather(1, top))
+                f = pre * largest(pre, k_aux)
                 squares.append((f @ W_dec[dead] + error.detach()).square())
             squares = torch.stack([square.sum() / len(x) for square in squares])
         if self.training and self.last_smallest is not None:  # started from the first, no sentinel
