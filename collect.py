@@ -435,3 +435,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("stopped: the same command goes on where the last finished part ends", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as e:  # of a disk or a folder
+        fail(f"{e}. The same command goes on where the last finished part ends")

@@ -1222,10 +1222,14 @@ def test_odd_paths_a_read_only_store_one_thread_and_no_home_are_fine():
     assert (odd / "out" / "report.html").exists() and "arning" not in done.stderr, done.stderr
 
 
-def test_a_folder_that_cannot_be_made_gets_one_line():
+def test_a_folder_that_cannot_be_made_gets_one_line(pairs):
     Path("file").touch()
     said = ended(script("train.py", *SMALL, "--out_dir=file/out"), code=2)
     assert said.count("\n") == 1 and "file/out" in said
+    folder = pairs["llama"][0]
+    given = [f"--{key}={folder}/{key}" for key in ("base", "finetuned")] + [f"--text={folder}/text.jsonl"]
+    said = ended(script("collect.py", *given, "--n_tokens=100", "--out_dir=file/acts"), code=2)
+    assert "\n" not in said.strip() and "file/acts" in said
 
 
 def test_the_scripts_are_python_from_3_10_on():
