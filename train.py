@@ -772,6 +772,10 @@ def write_atomically(path, write):
     try:
         discard(part)  # of a process that was killed
         write(part)
+        for file in [part, *part.rglob("*")]:
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written)  # a power cut must not find the new name before what it names
         if path.is_dir():  # which no other can be renamed to
             discard(path)
         os.replace(part, path)
