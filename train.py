@@ -205,11 +205,11 @@ class Toy:
     def score(self, model, frequency):
         """
         Lines that say what was recovered by the latents of firing frequency [d_hidden] over 0. One recovers a
-        planted feature of its kind (by relative norm: base under 0.1, finetuned over 0.9) if their cosine is
-        over 0.9 in each model that has it; an exclusive latent that recovers none is false.
+        planted feature of its kind (`one_sided` or shared) if their cosine is over 0.9 in each model that has
+        it; an exclusive latent that recovers none is false.
         """
         W = model.in_models(model.W_dec.detach())[frequency > 0].cpu()
-        kind = np.select([relative_norm(W) < 0.1, relative_norm(W) > 0.9], ["base", "finetuned"], "shared")
+        kind = np.select(one_sided(relative_norm(W)), ["base", "finetuned"], "shared")
         unit = F.normalize(W, dim=-1), F.normalize(self.directions, dim=-1)
         near = einsum(*unit, "latent model d, feature model d -> latent feature model") > 0.9
         near = (near | ~self.directions.any(-1)).all(-1).numpy() & (kind[:, None] == self.kind)
@@ -276,7 +276,8 @@ class Store:
 
     def read(self, rows):
         """The activations [len(rows), n_models, d_model] of those rows, in the store's float type."""
-        x = np.empty((len(rows), 2, self.d_model), np.result_type(*(views[0] for views in self.views)))
+        dtype = np.result_type(*(views[0] for views in self.views))
+        x = np.empty((len(rows), self.n_models, self.d_model), dtype)
         for model, (views, starts) in enumerate(zip(self.views, self.starts)):
             chunk = np.searchsorted(starts, rows, side="right") - 1
             for i, (c, row) in enumerate(zip(chunk.tolist(), (rows - starts[chunk]).tolist())):
@@ -430,18 +431,17 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             return (x @ self.W_enc.flatten(1).T).to(x.dtype)
 
-    def dense_code(self, product):
-        """f [batch, d_hidden] of x @ W_enc.T."""
+    def dense_code(self, product, norm):
+        """f [batch, d_hidden] of x @ W_enc.T and the decoder norms."""
         f = F.relu(product + self.b_enc)
         if self.variant == "vanilla":
             return f
-        norm = self.decoder_norm().detach()
-        (row, col, _), _ = self.pick(lambda i, j: product[i:j], len(product), norm)
+        (row, col, _), _ = self.pick(lambda i, j: product[i:j], len(product), norm.detach())
         return torch.zeros_like(f).index_put((row, col), f[row, col])
 
     def encode(self, x):
         """Raw activations [batch, n_models, d_model] -> latent activations f [batch, d_hidden]."""
-        return self.dense_code(self.product(self.scaled(x).flatten(1)))
+        return self.dense_code(self.product(self.scaled(x).flatten(1)), self.decoder_norm())
 
     def decode(self, f):
         """f [batch, d_hidden] -> raw activations [batch, n_models, d_model]."""
@@ -524,7 +524,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             fired = torch.zeros_like(norm, dtype=torch.bool).index_fill(0, col, True)
         else:
             product = self.product(x)
-            f = self.dense_code(product)
+            f = self.dense_code(product, norm)
             error = f @ W_dec + self.b_dec.flatten() - x
             l1_loss, active, squares = (f @ norm).mean(), f > 0, [error.square()]
             l0_loss, fired = active.sum() / len(x), active.any(0)
@@ -567,6 +567,11 @@ def relative_norm(W):
     """Decoder vectors W [n, 2, d_model] -> ||W[:, 1]|| / (||W[:, 0]|| + ||W[:, 1]||)."""
     norm = W.norm(dim=-1)
     return norm[:, 1] / norm.sum(1)
+
+
+def one_sided(relative_norm):
+    """Masks of the relative norms of latents that the base model, and that the fine-tuned one has alone."""
+    return relative_norm < 0.1, relative_norm > 0.9
 
 
 def decoded(model, code):
@@ -648,10 +653,11 @@ mark { background: rgb(255 140 0 / var(--a)); color: inherit }
 
 
 def picture(title, x_name, y, low, high, log=False, marks=()):
-    """What PAGE draws of values y, evenly spaced from low to high, and of marks (x, place, label)."""
+    """What PAGE draws of values y, evenly spaced from low to high, with marks (share of it, place, label)."""
     heights = np.log1p(y) if log else np.maximum(y, 0)
     points = zip(np.linspace(30, 290, len(y)), 130 - 100 * heights / max(heights.max(), 1e-9))
     points, top = " ".join(f"{x:.1f},{y:.1f}" for x, y in points), f"{max(y):,.4g}"
+    marks = [(30 + 260 * x, place, label) for x, place, label in marks]
     return dict(title=title, x_name=x_name, points=points, low=low, high=high, top=top, marks=marks)
 
 
@@ -673,7 +679,7 @@ def report(model, data, config, out, metrics, frequency, codes):
     W, alive = model.W_dec.detach(), frequency > 0
     D, nu = model.in_models(W), torch.full((2, len(W)), math.nan, device=W.device)
     relative, cosine = relative_norm(D), F.cosine_similarity(D[:, 0], D[:, 1], dim=-1)
-    base, finetuned = alive & (relative < 0.1), alive & (relative > 0.9)
+    base, finetuned = (alive & mask for mask in one_sided(relative))
     shared = alive & ((relative - 0.5).abs() <= 0.1)
     if len(exclusive := (base | finetuned).nonzero().flatten()):
         nu[:, exclusive] = latent_scaling(model, data.validation(), codes, exclusive)
@@ -697,12 +703,16 @@ def report(model, data, config, out, metrics, frequency, codes):
 
         with contextlib.suppress(Exception):  # of many kinds; ids are shown then
             decode = AutoTokenizer.from_pretrained(data.meta["tokenizer"], local_files_only=True).decode
-    for title, (mask, rank) in ranks.items():  # of each kind the first 20
-        best = rank.masked_fill(~mask, -math.inf).topk(min(20, mask.sum().item())).indices
-        f = torch.cat([code.to_dense()[:, best] for code in codes]).T
-        facts = [{key: round(column[j].item(), 4) for key, column in columns.items()} for j in best]
-        texts = [list(examples(data, f_j, decode)) if docs else [] for f_j in f]
-        lists[title] = list(zip(best.tolist(), facts, texts))
+    # Of each kind the first 20, and the texts of all in one pass over the codes.
+    first = lambda mask, rank: rank.masked_fill(~mask, -math.inf).topk(min(20, mask.sum().item())).indices
+    best = {title: first(*masked_rank) for title, masked_rank in ranks.items()}
+    shown, texts = torch.cat(list(best.values())).unique(), {}
+    if docs:
+        f = torch.cat([code.to_dense()[:, shown] for code in codes])
+        texts = {j: list(examples(data, f_j, decode)) for j, f_j in zip(shown.tolist(), f.T)}
+    for title, latents in best.items():
+        facts = [{key: round(column[j].item(), 4) for key, column in columns.items()} for j in latents]
+        lists[title] = [(j, fact, texts.get(j, [])) for j, fact in zip(latents.tolist(), facts)]
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
@@ -713,8 +723,8 @@ def report(model, data, config, out, metrics, frequency, codes):
     run |= dict(tokens=f"{rows[-1]['tokens']:,}", seconds=round(seconds))
     run |= {key: f"{value:,.4g}" for key, value in metrics.items()}
     histogram = lambda y, low, high: (torch.histc(y.float().cpu(), 50, low, high).numpy(), low, high, True)
-    marks = [(56, "middle", "base-only"), (134, "", "shared"), (186, "", ""), (264, "", "")]
-    marks.append((290, "end", "fine-tuned-only"))
+    marks = [(0.1, "middle", "base-only"), (0.4, "", "shared"), (0.6, "", ""), (0.9, "", "")]
+    marks.append((1, "end", "fine-tuned-only"))
     log10, ends = frequency[alive].log10(), (rows[0]["step"], rows[-1]["step"])
     pictures = [
         picture("alive latents (log)", "relative decoder norm", *histogram(relative[alive], 0, 1), marks),
@@ -727,11 +737,11 @@ def report(model, data, config, out, metrics, frequency, codes):
     page = page.render(verdict=verdict, run=run, pictures=pictures, lists=lists)
     write_atomically(out / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
     print(f"{verdict}\nreport: {out / 'report.html'}")
-    shown = dict(relative_norm=relative[alive], cosine=cosine[shared], log10_frequency=log10)
-    shown = {f"report/{name}": wandb.Histogram(y.cpu().numpy()) for name, y in shown.items()}
+    values = dict(relative_norm=relative[alive], cosine=cosine[shared], log10_frequency=log10)
+    logged = {f"report/{name}": wandb.Histogram(y.cpu().numpy()) for name, y in values.items()}
     table = [[title, j, *facts.values()] for title in lists for j, facts, _ in lists[title]]
-    shown["report/latents"] = wandb.Table(["list", "latent", *columns], table)
-    return shown | {"report/page": wandb.Html(page)}
+    logged["report/latents"] = wandb.Table(["list", "latent", *columns], table)
+    return logged | {"report/page": wandb.Html(page)}
 
 
 # --- Training -----------------------------------------------------------------------------------------------
@@ -772,10 +782,9 @@ def write_atomically(path, write):
     try:
         discard(part)  # of a process that was killed
         write(part)
-        for file in [part, *part.rglob("*")]:
-            if file.is_file():
-                with open(file, "rb") as written:
-                    os.fsync(written)  # a power cut must not find the new name before what it names
+        for file in filter(Path.is_file, [part, *part.rglob("*")]):
+            with open(file, "rb") as written:
+                os.fsync(written)  # a power cut must not find the new name before what it names
         if path.is_dir():  # which no other can be renamed to
             discard(path)
         os.replace(part, path)
@@ -820,8 +829,6 @@ class Log:
 
 def set_up(config):
     """The device of this process, which joins the others if torchrun started it."""
-    warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
-    torch.backends.cuda.matmul.allow_tf32 = True
     name, local_rank = config["device"], os.environ.get("LOCAL_RANK")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -838,6 +845,8 @@ def set_up(config):
 
 def train(config, checkpoint=None):
     """Trains by the config, from the checkpoint if one is given, and returns the crosscoder, in eval mode."""
+    warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
+    torch.backends.cuda.matmul.allow_tf32 = True
     device = set_up(config)
     config, (rank, n_processes) = resolve(config), world()
     if sys.platform == "linux" and device.type == "cpu":
@@ -992,7 +1001,9 @@ def main(argv):
         except Exception as e:  # of many kinds
             fail(f"{path} is no checkpoint, or not whole: {first_line(e)}")
         saved.pop("trust_remote_code", None)  # nor lets any in
-        saved_argv = [f"--{key}={value}" for key, value in saved.items() if value != config.get(key)]
+        saved_argv = [
+            f"--{key}={value}" for key, value in saved.items() if str(value) != str(config.get(key))
+        ]
         settings = read_config(saved_argv + argv)
         for key in ("data", "variant", "basis", "d_hidden", "seed"):
             if settings[key] != saved.get(key):
