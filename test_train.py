@@ -200,7 +200,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch_whatever_the_guess(guess):
 
 
 def test_batchtopk_keeps_exactly_k_per_row_on_average_with_ties():
-    model, x = (crosscoder("batchtopk").float(), torch.randn(1, 2, 8).repeat(50, 1, 1))  # all rows alike
+    model, x = crosscoder("batchtopk").float(), torch.randn(1, 2, 8).repeat(50, 1, 1)  # all rows alike
     assert len(picked(model, x, None)[2]) == 3 * 50
 
 
@@ -222,7 +222,7 @@ def test_threshold_starts_at_the_first_smallest_score_and_then_moves_slowly_to_t
     model = crosscoder("batchtopk")
     for x in (torch.randn(64, 2, 8).double(), 3 * torch.randn(64, 2, 8).double()):
         f = plain_losses(model, x, 0, 0, 1, [])["f"]
-        smallest, before = ((f * model.decoder_norm())[f > 0].min().item(), model.threshold.item())
+        smallest, before = (f * model.decoder_norm())[f > 0].min().item(), model.threshold.item()
         model.losses(x)
         expected = smallest if before == 0 else before + 0.02 * (smallest - before)
         assert model.threshold.item() == pytest.approx(expected, rel=1e-6)
@@ -440,7 +440,7 @@ def test_wandb_offline_writes_its_run_into_the_run_folder():
 
 def test_saved_weights_load_with_from_pretrained_and_take_raw_activations():
     model = run("--steps=20", "--out_dir=out")
-    loaded, x = (train.CrossCoder.from_pretrained("out/crosscoder"), train.Toy(dict(seed=0)).rows(1, 100))
+    loaded, x = train.CrossCoder.from_pretrained("out/crosscoder"), train.Toy(dict(seed=0)).rows(1, 100)
     assert not loaded.training and loaded.variant == "batchtopk" and loaded.k == 4
     assert torch.equal(loaded(x), model(x)) and loaded.threshold > 0
 
@@ -543,6 +543,10 @@ def pairs(tmp_path_factory):
     return {kind: (str(folder / kind), make_pair(folder / kind, kind)) for kind in ("llama", "gpt2")}
 
 
+def pair_arguments(folder):
+    return [f"--{key}={folder}/{key}" for key in ("base", "finetuned")] + [f"--text={folder}/text.jsonl"]
+
+
 def collect_config(folder, **changes):
     given = dict(base=f"{folder}/base", finetuned=f"{folder}/finetuned", text=f"{folder}/text.jsonl")
     small = dict(layer=1, n_tokens=1500, seq_len=32, shuffle_rows=400)
@@ -574,7 +578,7 @@ def test_end_to_end_two_models_to_a_loaded_crosscoder(pairs, kind):
 
     run("--data=acts", "--out_dir=out", "--steps=150", "--val_tokens=200", "--k=8", "--eval_every=0")
     assert metrics("out")[-1]["val/explained_variance"] > 0.5
-    model, store = (train.CrossCoder.from_pretrained("out/crosscoder"), train.Store(store_config()))
+    model, store = train.CrossCoder.from_pretrained("out/crosscoder"), train.Store(store_config())
     x = store.read(np.arange(1300, 1500))
     assert torch.allclose(model.scale, torch.tensor(meta["scale"]))
     error = (model(x) - x).square().sum() / (x - x.mean(0)).square().sum()
@@ -593,7 +597,7 @@ def test_every_dropped_token_is_counted_by_its_reason_and_an_overflow_is_no_inf(
             Path("spiky", name, file.name).write_bytes(file.read_bytes())
     config = collect_config(folder, base="spiky/base", finetuned="spiky/finetuned", layer=0, n_tokens=10_000)
     collect.collect(config | dict(skip_positions=2))
-    meta, base = (json.loads(Path("acts/meta.json").read_text()), load_from_disk("acts/base"))
+    meta, base = json.loads(Path("acts/meta.json").read_text()), load_from_disk("acts/base")
     docs = load_from_disk("acts/docs")["input_ids"]
     everything = [(token, pos) for ids in docs for pos, token in enumerate(ids)]
     special = [token <= 2 for token, _ in everything]
@@ -642,7 +646,7 @@ def test_activations_stop_early_and_work_for_any_module_even_one_that_returns_a_
     model.transformer.h[1].attn.register_forward_hook(lambda module, args, out: seen.update(attn=out[0]))
     model.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: seen.update(mlp=out))
     model.transformer.h[2].register_forward_hook(lambda *_: later.append(1))
-    ids, mask = (torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     with torch.no_grad():
         model(ids, attention_mask=mask)
     expected, wrapped = dict(seen), collect.NNsight(model)
@@ -678,7 +682,7 @@ def test_texts_come_from_every_kind_of_source(pairs):
 
 def test_a_stream_trains_and_its_batches_are_rows_of_both_models(pairs):
     folder, _ = pairs["llama"]
-    given = [f"--{key}={folder}/{key}" for key in ("base", "finetuned")] + [f"--text={folder}/text.jsonl"]
+    given = pair_arguments(folder)
     options = ["--layer=1", "--seq_len=32", "--shuffle_rows=500", "--skip_positions=1", "--max_norm_ratio=10"]
     run("--data=stream", "--out_dir=out", "--steps=60", "--k=8", *given, *options)
     rows = [row for row in metrics("out") if "loss" in row]
@@ -746,7 +750,7 @@ def test_the_scripts_run_from_another_folder_by_themselves(pairs):
     for name in ("train.py", "collect.py"):
         Path(name).write_bytes((HERE / name).read_bytes())
     folder = pairs["gpt2"][0]
-    given = [f"--{key}={folder}/{key}" for key in ("base", "finetuned")] + [f"--text={folder}/text.jsonl"]
+    given = pair_arguments(folder)
     commands = (
         ["collect.py", "--layer=1", "--n_tokens=1e3", "--seq_len=32", *given],
         ["train.py", "--data=acts"],
@@ -920,7 +924,7 @@ def test_training_killed_at_any_moment_goes_on_and_ends_with_the_same_weights():
 
 def test_a_collection_killed_at_any_moment_goes_on_and_ends_with_the_same_store(pairs):
     folder, rng = pairs["llama"][0], np.random.default_rng()
-    given = [f"--{key}={folder}/{key}" for key in ("base", "finetuned")] + [f"--text={folder}/text.jsonl"]
+    given = pair_arguments(folder)
     given += "--layer=1 --n_tokens=2500 --seq_len=32 --shuffle_rows=64 --texts_per_batch=1".split()
     ended(script("collect.py", *given, "--out_dir=whole"))
     seen = set()
@@ -1057,6 +1061,7 @@ def test_a_checkpoint_with_something_missing_or_of_another_kind_gets_one_line(ca
     bad = [{key: good[key] for key in good if key != name} for name in (*names, "wandb_id")]
     bad += [good | {name: "x"} for name in names] + [good | dict(since_fired=torch.zeros(3)), [good]]
     changes = [dict(steps="x"), dict(lr=-1), dict(k=2.5), dict(variant="other"), dict(data=3), dict(kk=3)]
+    changes += [dict(steps=torch.zeros(3)), dict(seed=False)]
     for state in bad + [good | dict(config=good["config"] | change) for change in changes]:
         torch.save(state, "out/checkpoint.pt")
         error_of(capsys, train.main, ["--resume=True", "--out_dir=out"])
@@ -1102,15 +1107,13 @@ def damaged(kind):
         next(Path("acts/base").glob("*.arrow")).unlink()
     if kind == "meta":
         Path("acts/meta.json").write_text('{"scale": [1')
-    if "scale" in kind:
+    if "scale" in kind or "docs" in kind:
         scales = {"one scale": [1], "scale of nan": [1, float("nan")], "scale of words": ["a", "b"]}
-        Path("acts/meta.json").write_text(json.dumps(dict(scale=scales[kind]) if kind in scales else {}))
+        meta = {} if kind == "no scale" else dict(scale=scales.get(kind, [1, 1]))
+        Path("acts/meta.json").write_text(json.dumps(meta))
         write_store("acts", x, doc=np.arange(500), pos=np.arange(500))
-        Dataset.from_dict(dict(input_ids=[[0]] * 500)).save_to_disk("acts/docs")
-    if kind == "docs of another store":
-        Path("acts/meta.json").write_text('{"scale": [1, 1]}')
-        write_store("acts", x, doc=np.arange(500), pos=np.arange(500))
-        Dataset.from_dict(dict(input_ids=[[0]] * 3)).save_to_disk("acts/docs")
+        n_docs = 3 if kind == "docs of another store" else 500
+        Dataset.from_dict(dict(input_ids=[[0]] * n_docs)).save_to_disk("acts/docs")
 
 
 @pytest.mark.parametrize(
@@ -1118,12 +1121,12 @@ def damaged(kind):
     [
         ("nan", "finetuned: row 321 holds nan or inf"),
         ("inf", "finetuned: row 321 holds nan or inf"),
-        ("no rows", "nor a whole store"),
+        ("no rows", "nor a whole store (base and finetuned, rows of floats"),
         ("few rows", "40 rows"),
-        ("d_model", "all of one length"),
-        ("no column", "column activation"),
-        ("strings", "rows of floats"),
-        ("lengths", "all of one length"),
+        ("d_model", "column activation): found ['fixed_size_list<item: halffloat>[16]', 'fixed_size_list<"),
+        ("no column", 'column activation): \'Field "activation" does not exist'),
+        ("strings", "column activation): 'pyarrow.lib.StringArray'"),
+        ("lengths", "all of one length, in column activation): cannot reshape"),
         ("truncated", "Expected to be able to read"),
         ("missing file", "No such file"),
         ("meta", "delimiter"),
@@ -1227,7 +1230,7 @@ def test_a_folder_that_cannot_be_made_gets_one_line(pairs):
     said = ended(script("train.py", *SMALL, "--out_dir=file/out"), code=2)
     assert said.count("\n") == 1 and "file/out" in said
     folder = pairs["llama"][0]
-    given = [f"--{key}={folder}/{key}" for key in ("base", "finetuned")] + [f"--text={folder}/text.jsonl"]
+    given = pair_arguments(folder)
     said = ended(script("collect.py", *given, "--n_tokens=100", "--out_dir=file/acts"), code=2)
     assert "\n" not in said.strip() and "file/acts" in said
 
@@ -1336,7 +1339,7 @@ def test_a_run_of_two_processes_is_resumed_by_one():
 
 def test_two_processes_collect_one_store(pairs):
     folder, _ = pairs["llama"]
-    given = [f"--{key}={folder}/{key}" for key in ("base", "finetuned")] + [f"--text={folder}/text.jsonl"]
+    given = pair_arguments(folder)
     small = "--layer=1 --n_tokens=1500 --seq_len=32 --shuffle_rows=300 --out_dir=acts".split()
     torchrun(2, str(HERE / "collect.py"), *given, *small)
     base, docs = load_from_disk("acts/base"), load_from_disk("acts/docs")
