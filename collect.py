@@ -10,30 +10,32 @@ the same place, into a store that train.py reads.
     OUT/docs                  a row per text or per seq_len tokens of a longer one: input_ids, text (number)
     OUT/meta.json             models, hooks, d_model, tokens, scales, tokens dropped by reason, versions
 
-`stream` yields the same rows as shuffled batches without a disk; `train.py --data=stream` trains on them.
+What is not finished is in OUT.building, itself a store of the shards so far; the same command goes on there.
+`train.py --data=stream` trains on the same rows without a disk.
 """
 
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
 from collections import Counter
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
-from datasets import Dataset, disable_progress_bars, load_dataset, load_from_disk
+from datasets import Dataset, load_dataset, load_from_disk
 from nnsight import NNsight
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train import all_reduce, fail, first_line, read_command_line, require, set_up, world, write_atomically
+from train import all_mean, fail, first_line, gather, read_command_line, set_up, world, write_atomically
 
 # --- Config -------------------------------------------------------------------------------------------------
 
@@ -44,7 +46,7 @@ config = dict(
     layer=0,  # index of the block
     site="resid",  # resid (output of the block) or mlp (output of its MLP)
     hook="",  # any module's path, such as model.layers.3.self_attn, instead of layer and site
-    text="",  # a hub dataset, a folder of save_to_disk, or a .txt (by paragraph), .jsonl or .parquet file
+    text="",  # a .txt (by paragraph), .jsonl, .csv or .parquet, a save_to_disk folder or a hub dataset
     text_column="",  # empty: text, or messages, which go through the chat template
     split="train",  # of a hub dataset
     # how much, and which
@@ -55,23 +57,26 @@ config = dict(
     # system
     out_dir="acts",
     texts_per_batch=8,  # rows of a forward pass
-    shuffle_rows=100_000,  # rows shuffled together before they are written, or streamed
+    shuffle_rows=100_000,  # tokens per process that are shuffled together, and written at once
     dtype="float32",  # of the models: float32, bfloat16 or float16
     device="auto",  # auto (cuda if there is one), cpu, cuda or cuda:1
     trust_remote_code=False,  # run code that comes with the models
     seed=0,
 )
-choices = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
+allowed = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
+allowed |= dict.fromkeys(["n_tokens", "seq_len", "texts_per_batch", "shuffle_rows"], range(1, 10**15))
 
 # --- Models -------------------------------------------------------------------------------------------------
 
 
 def load(key, config):
     """The model and the tokenizer of config[key]."""
+    if not config[key]:
+        fail(f"--{key} is missing: expected a path or a hub name")
     remote = dict(trust_remote_code=config["trust_remote_code"])
     try:
         model = AutoModelForCausalLM.from_pretrained(config[key], dtype=config["dtype"], **remote)
-        return model.eval(), AutoTokenizer.from_pretrained(config[key], **remote)
+        return model.eval().to(set_up(config)), AutoTokenizer.from_pretrained(config[key], **remote)
     except Exception as e:  # of many kinds, for a name, a folder or a network that is not there
         fail(f"--{key}={config[key]} cannot be loaded: {first_line(e)}")
 
@@ -103,10 +108,15 @@ def activations(model, hook, input_ids, attention_mask):
     Output of the module `hook` of an NNsight model, [batch, position, d_model]. The forward pass ends there.
     input_ids and attention_mask [batch, position], padded on the right.
     """
-    module = model.get(hook)
-    with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False) as tracer:
-        out = module.output.save()
-        tracer.stop()
+    try:
+        module = model.get(hook)
+        with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False) as tracer:
+            out = module.output.save()
+            tracer.stop()
+        if hidden(out).shape[:2] != input_ids.shape or hidden(out).ndim != 3:
+            raise ValueError(f"it gives {list(hidden(out).shape)} for texts {list(input_ids.shape)}")
+    except Exception as e:  # of nnsight's own, for a module that is not called, such as a list of blocks
+        fail(f"--hook={hook} has no output [batch, position, d_model]: {first_line(e)}")
     return hidden(out)
 
 
@@ -130,9 +140,11 @@ def loss_recovered(crosscoder, data, n_docs=16):
     (clean), with the crosscoder's reconstruction spliced in at the hook, and with 0 there; loss_recovered is
     (zero - spliced) / (zero - clean). Positions that the store left out, as the first, stay as they are.
     """
-    device, config = crosscoder.scale.device, data.meta | dict(trust_remote_code=False)
-    models = [NNsight(load(key, config)[0].to(device)) for key in ("base", "finetuned")]
-    models, sums, n_targets = list(zip(models, data.meta["hooks"])), torch.zeros(2, 3), 0
+    device = crosscoder.scale.device
+    config = data.meta | dict(trust_remote_code=False, device=str(device))
+    pair = zip(("base", "finetuned"), data.meta["hooks"])
+    models = [(NNsight(load(key, config)[0]), hook) for key, hook in pair]
+    sums, n_targets = torch.zeros(2, 3), 0
     for doc in np.unique(data.doc[data.n_train :])[:n_docs]:
         ids = torch.tensor([data.docs[int(doc)]], device=device)
         kept = torch.tensor(data.pos[data.doc == doc].astype(int), device=device)
@@ -153,42 +165,41 @@ def loss_recovered(crosscoder, data, n_docs=16):
 # --- Text ---------------------------------------------------------------------------------------------------
 
 
-def read_texts(config, tokenizer):
-    """(number of the text, text, whether it has its special tokens), in parts of 10,000 characters."""
-    kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+def read_docs(config, tokenizer, dropped):
+    """
+    (row of the source, ids) of its texts, those of over seq_len tokens in pieces. Long texts are tokenised
+    10,000 characters at a time. Rows without text are counted in dropped.
+    """
     name, path, number = config["text"], Path(config["text"]), 0
+    options = dict(truncation=True, max_length=config["seq_len"], return_overflowing_tokens=True)
     try:
-        if path.suffix in kinds:
-            options = dict(sample_by="paragraph") if path.suffix == ".txt" else {}
-            rows = load_dataset(kinds[path.suffix], data_files=name, split="train", streaming=True, **options)
-        elif path.is_dir() and (path / "state.json").exists():
+        if path.is_file():
+            suffix = name.lower().removesuffix(".gz").rpartition(".")[2]
+            kind = dict(txt="text", csv="csv", parquet="parquet").get(suffix, "json")
+            by = dict(sample_by="paragraph") if kind == "text" else {}
+            rows = load_dataset(kind, data_files=name, split="train", streaming=True, **by)
+        elif (path / "state.json").exists():
             rows = load_from_disk(name)
         else:
             rows = load_dataset(name, split=config["split"], streaming=True)
-        first = next(iter(rows), None)
-        if first is None:
-            fail(f"--text={name} holds no text")
-        column = config["text_column"] or ("text" if "text" in first else "messages")
-        if column not in first:
-            fail(f"--text={name} has no column {column}, but {', '.join(first)}: say which by --text_column")
         for number, row in enumerate(rows):
-            text, is_chat = row[column] or "", isinstance(row[column], list)
+            column = config["text_column"] or ("text" if "text" in row else "messages")
+            if column not in row:
+                raise ValueError(f"no column {column}, but {', '.join(row)}: say which by --text_column")
+            text, is_chat = row[column], isinstance(row[column], list)
+            if not text:
+                dropped["empty_text"] += 1
+                continue
             if is_chat:
-                text = tokenizer.apply_chat_template(row[column], tokenize=False)
+                text = tokenizer.apply_chat_template(text, tokenize=False)
+            if not isinstance(text, str):
+                raise ValueError(f"expected a text or a list of messages, found {text!r:.50}")
             for start in range(0, len(text), 10_000):
-                yield number, text[start : start + 10_000], is_chat
+                part = [text[start : start + 10_000]]
+                pieces = tokenizer(part, add_special_tokens=not is_chat, **options)["input_ids"]
+                yield from ((number, ids) for ids in pieces if ids)
     except Exception as e:  # datasets and tokenizers raise many kinds for a name, a network, a file or a row
         fail(f"--text={name} cannot be read at row {number}: {first_line(e)}")
-
-
-def tokenize(tokenizer, texts, seq_len):
-    """[(number of the text, its ids)] of such texts, those of over seq_len tokens in pieces."""
-    options = dict(truncation=True, max_length=seq_len, return_overflowing_tokens=True)
-    pieces = []
-    for number, text, is_chat in texts:
-        found = tokenizer([text], add_special_tokens=not is_chat, **options)["input_ids"]
-        pieces += [(number, ids) for ids in found if ids]
-    return pieces
 
 
 # --- Harvest ------------------------------------------------------------------------------------------------
@@ -197,59 +208,60 @@ def tokenize(tokenizer, texts, seq_len):
 class Harvest:
     """The activations of both models on the same tokens, less those that none should learn from."""
 
-    texts_at_once = 32  # tokenised together and sorted by length, so that batches hold little padding
-
     def __init__(self, config):
-        self.config, self.dropped = config, Counter()
-        require(config, "n_tokens seq_len texts_per_batch shuffle_rows max_norm_ratio")
-        for key in ("base", "finetuned", "text"):
-            if not config[key]:
-                fail(f"--{key} is missing: expected a path or a hub name")
-        self.device = set_up(config)
-        (base, base_tokenizer), (finetuned, self.tokenizer) = load("base", config), load("finetuned", config)
-        self.hooks = [find_hook(model, config) for model in (base, finetuned)]
-        self.models = [NNsight(model.to(self.device)) for model in (base, finetuned)]
+        self.device, self.bar, self.nothing = set_up(config), tqdm(disable=True), []
+        pair = [load(key, config) for key in ("base", "finetuned")]
+        self.hooks = [find_hook(model, config) for model, _ in pair]
+        self.models = [NNsight(model) for model, _ in pair]
+        base_tokenizer, self.tokenizer = (tokenizer for _, tokenizer in pair)
+        longest = min(getattr(model.config, "max_position_embeddings", math.inf) for model, _ in pair)
+        if longest < config["seq_len"]:
+            print(f"--seq_len={longest} is used: the models have no more positions", file=sys.stderr)
+        self.config = config | dict(seq_len=min(config["seq_len"], longest))
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.special = torch.tensor(sorted(special.union(self.tokenizer.all_special_ids)), dtype=torch.long)
-        texts = list(itertools.islice(read_texts(config, self.tokenizer), self.texts_at_once))
-        docs, docs_of_base = (tokenize(t, texts, config["seq_len"]) for t in (self.tokenizer, base_tokenizer))
-        for (number, ids), (_, ids_of_base) in zip(docs, docs_of_base):
+        base_tokenizer.chat_template = self.tokenizer.chat_template
+        few = lambda: 4096  # tokens
+        first, first_of_base = (next(self.shards(few, t), []) for t in (self.tokenizer, base_tokenizer))
+        for (text, ids), (_, ids_of_base) in zip(first, first_of_base):
             if ids != ids_of_base:
                 said = f"{ids_of_base[:8]}... in base and {ids[:8]}... in finetuned"
-                fail(f"the two models have different vocabularies: text {number} is {said}")
+                fail(f"the two models have different vocabularies: text {text} is {said}")
         self.largest_norm = torch.full((2,), torch.inf)
-        blocks = self.run(docs[: self.texts_at_once], 0)
-        norms = torch.cat([torch.empty(0, 2), *(block["norm"] for block in blocks)])
-        if not len(norms):
-            fail(f"--text={config['text']}: no token of its first texts is left: {dict(self.dropped)}")
-        self.largest_norm = config["max_norm_ratio"] * norms.median(dim=0).values
-        self.d_model, self.dropped = blocks[0]["x"].shape[-1], Counter()
+        for docs in self.shards(few, self.tokenizer):  # until there is a token to take the median by
+            rows, _ = self.run(list(enumerate(ids for _, ids in docs)))
+            if len(rows["norm"]):
+                break
+        else:
+            fail(f"--text={config['text']}: no token of its texts is left")
+        self.largest_norm = config["max_norm_ratio"] * rows["norm"].median(dim=0).values
+        self.nothing, self.d_model = [{name: y[:0] for name, y in rows.items()}], rows["x"].shape[2]
 
-    def groups(self, first_text=0, first_doc=0):
-        """
-        From that text on, a few texts at a time, which the processes share out: (texts read, docs made, rows,
-        docs). rows are those of `run`, docs the (number of the text, ids) of this group.
-        """
-        texts = itertools.islice(read_texts(self.config, self.tokenizer), first_text, None)
-        while group := list(itertools.islice(texts, self.texts_at_once)):
-            docs, (rank, n) = tokenize(self.tokenizer, group, self.config["seq_len"]), world()
-            blocks = self.run(docs, first_doc) if first_text // self.texts_at_once % n == rank else []
-            first_text, first_doc = first_text + len(group), first_doc + len(docs)
-            yield first_text, first_doc, blocks, docs
+    def shards(self, size, tokenizer, first_doc=0):
+        """From that doc on, lists of docs (text, ids) of size() tokens or just over, in the end of less."""
+        self.empty, shard, n = Counter(), [], 0  # rows without a text, counted from the first
+        for doc in itertools.islice(read_docs(self.config, tokenizer, self.empty), first_doc, None):
+            shard.append(doc)
+            n += len(doc[1])
+            if n >= size():
+                yield shard
+                shard, n = [], 0
+        if shard:
+            yield shard
 
-    def run(self, docs, first_doc):
+    def run(self, docs):
         """
-        Blocks of kept rows of the docs, whose numbers start at first_doc: dicts of x [row, model, d_model]
-        float16, norm [row, model], token, doc and pos [row]. What is dropped is counted by the first reason
-        that holds.
+        Of docs, [(number, ids)], the rows that are kept: x [row, model, d_model] float16, norm [row, model],
+        token, doc and pos [row]; and how many are not, by the first reason that holds. Docs of like length go
+        through the models together.
         """
-        by_length = sorted(range(len(docs)), key=lambda i: len(docs[i][1]))
-        size, blocks = self.config["texts_per_batch"], []
-        for batch in (by_length[i : i + size] for i in range(0, len(docs), size)):
-            tensors = [torch.tensor(docs[i][1]) for i in batch]
-            ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+        docs, parts, dropped = sorted(docs, key=lambda doc: len(doc[1])), list(self.nothing), Counter()
+        size = self.config["texts_per_batch"]
+        for start in range(0, len(docs), size):
+            numbers, texts = zip(*docs[start : start + size])
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
             pos = torch.arange(ids.shape[1]).expand_as(ids)
-            mask = pos < torch.tensor([len(t) for t in tensors])[:, None]
+            mask = pos < torch.tensor([len(text) for text in texts])[:, None]
             inputs = ids.to(self.device), mask.long().to(self.device)
             outs = [activations(*pair, *inputs).float().cpu() for pair in zip(self.models, self.hooks)]
             if outs[0].shape != outs[1].shape:
@@ -264,58 +276,55 @@ class Harvest:
                 outlier_norm=(norm > self.largest_norm).any(-1),
             )
             for reason, drop in reasons.items():
-                self.dropped[reason] += (keep & drop).sum().item()
+                dropped[reason] += (keep & drop).sum().item()
                 keep &= ~drop
-            doc = (first_doc + torch.tensor(batch))[:, None].expand_as(ids)
+            doc = torch.tensor(numbers)[:, None].expand_as(ids)
             columns = dict(x=x, norm=norm, token=ids, doc=doc, pos=pos)
             rows = {name: column[keep] for name, column in columns.items()}
-            blocks.append(rows | dict(x=rows["x"].half()))
-        return blocks
+            parts.append(rows | dict(x=rows["x"].half()))
+            self.bar.update(len(rows["pos"]))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, dropped
 
 
 class Stream:
     """What train.py trains on without a disk: the rows of a Harvest, shuffled in memory. Data of train.py."""
 
-    n_models = 2
+    n_models, docs, meta = 2, None, {}
 
-    def __init__(self, config, first_text=0):
-        self.config, self.texts_read, self.harvest = config, first_text, Harvest(config)
-        self.d_model, self.rows = self.harvest.d_model, self.shuffled()
-        size = config["batch_size"] // world()[1]  # of a batch of this process, of which one validates
-        held_out = [next(self.rows) for _ in range(-(-config["val_tokens"] // size))]
-        self.held_out = torch.cat(held_out or [next(self.rows)[:0]])[: config["val_tokens"]]
+    def __init__(self, config, texts_read=0):
+        self.config, self.texts_read, self.harvest = config, texts_read, Harvest(config)
+        self.d_model, self.generator = self.harvest.d_model, torch.Generator().manual_seed(config["seed"])
+        self.rows = torch.empty(0, self.n_models, self.d_model, dtype=torch.half)
+        self.shards = self.read(texts_read)
+        self.held_out = self.take(config["val_tokens"])
+        mean = self.rows.float().norm(dim=-1).double().mean(0)
+        self.scale = (self.d_model**0.5 / all_mean(mean)).float()
 
-    def shuffled(self):
-        """
-        Yields batches [batch, n_models, d_model] of raw activations out of a buffer of shuffle_rows, which is
-        filled up whenever it is half empty. Sets scale by the first fill. Texts are read again when they end.
-        """
-        size = self.config["batch_size"] // world()[1]
-        capacity, blocks, n = max(self.config["shuffle_rows"], 2 * size), [], 0
-        generator = torch.Generator().manual_seed(self.config["seed"])
-        groups = self.harvest.groups(self.texts_read)
+    def read(self, first_doc):
+        """The shards of this process, from that doc on; those of all texts again when they end."""
+        (rank, n), size = world(), lambda: self.config["shuffle_rows"] * world()[1]
         while True:
-            while n < capacity:
-                group = next(groups, None)
-                if group is None:
-                    print(f"all {self.texts_read} texts are read: they come again", file=sys.stderr)
-                    self.texts_read, groups = 0, self.harvest.groups()
-                    continue
-                self.texts_read = group[0]
-                blocks += [block["x"] for block in group[2]]
-                n = sum(len(x) for x in blocks)
-            x = torch.cat(blocks)
-            if not hasattr(self, "scale"):
-                mean = x.float().norm(dim=-1).double().mean(0)
-                self.scale = (self.d_model**0.5 / (all_reduce(mean) / world()[1])).float()
-            x = x[torch.randperm(n, generator=generator)]
-            while len(x) >= max(capacity // 2, size):
-                yield x[:size]
-                x = x[size:]
-            blocks, n = [x], len(x)
+            self.texts_read, found = first_doc, 0
+            for docs in self.harvest.shards(size, self.harvest.tokenizer, first_doc):
+                self.texts_read += len(docs)
+                x = self.harvest.run(list(enumerate(ids for _, ids in docs))[rank::n])[0]["x"]
+                found += len(x)
+                yield x
+            if not found and not first_doc:
+                fail(f"--text={self.config['text']} has too few texts for {n} processes")
+            print(f"all {self.texts_read} texts are read: they come again", file=sys.stderr)
+            first_doc = 0
+
+    def take(self, n):
+        """The next n rows [n, n_models, d_model]; half a shard stays behind, to be shuffled with the next."""
+        while len(self.rows) < n + self.config["shuffle_rows"] // 2:
+            rows = torch.cat([self.rows, next(self.shards)])
+            self.rows = rows[torch.randperm(len(rows), generator=self.generator)]
+        x, self.rows = self.rows[:n], self.rows[n:]
+        return x
 
     def batch(self, step):
-        return next(self.rows)
+        return self.take(self.config["batch_size"] // world()[1])
 
     def validation(self):
         return self.held_out.split(1024)
@@ -324,116 +333,107 @@ class Stream:
 # --- Store --------------------------------------------------------------------------------------------------
 
 
-def write_part(path, rows, docs, state):
-    """One shard of each of the store's datasets, and where to go on; whole when `path` is there."""
-
-    def write(part):
-        index = {name: rows[name].int().numpy() for name in ("token", "doc", "pos")}
-        for model, name in enumerate(("base", "finetuned")):
-            flat = pa.array(rows["x"][:, model].flatten().numpy())
-            x = pa.FixedSizeListArray.from_arrays(flat, rows["x"].shape[-1])
-            Dataset(pa.table(dict(activation=x) | index)).save_to_disk(part / name, num_shards=1)
-        docs_table = dict(input_ids=[ids for _, ids in docs], text=[number for number, _ in docs])
-        Dataset.from_dict(docs_table).save_to_disk(part / "docs", num_shards=1)
-        (part / "state.json").write_text(json.dumps(state))
-
-    write_atomically(path, write)
+def write_arrow(table, path):
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
 
 
-def join(parts, out):
-    """Makes the dataset folder `out` of several, by moving their files; if cut off, can be done again."""
-    names = [f"data-{i:05d}-of-{len(parts):05d}.arrow" for i in range(len(parts))]
-    shutil.copytree(parts[0], out, ignore=shutil.ignore_patterns("*.arrow"), dirs_exist_ok=True)
-    for part, name in zip(parts, names):
-        if (part / "data-00000-of-00001.arrow").exists():
-            os.replace(part / "data-00000-of-00001.arrow", out / name)
-    state = json.loads((out / "state.json").read_text())
-    state["_data_files"] = [dict(filename=name) for name in names]
-    (out / "state.json").write_text(json.dumps(state))
+def write_shard(building, name, tables):
+    """A file of that name in each of the folders of the store, or, if one cannot be written, in none."""
+    try:
+        for folder, table in tables.items():
+            (building / folder).mkdir(exist_ok=True)
+            write_atomically(building / folder / name, partial(write_arrow, pa.table(table)))
+    except SystemExit:
+        for folder in tables:
+            (building / folder / name).unlink(missing_ok=True)  # to leave room
+        raise
+
+
+def list_files(folder):
+    """Makes a Hugging Face dataset, as of save_to_disk, of the Arrow files in the folder."""
+    files = sorted(folder.glob("*.arrow"))
+    Dataset.from_file(str(files[0])).info.write_to_directory(folder)
+    state = dict.fromkeys(["_fingerprint", "_format_columns", "_format_type", "_split"])
+    state |= dict(_data_files=[dict(filename=file.name) for file in files], _format_kwargs={})
+    text = json.dumps(state | dict(_output_all_columns=False))
+    write_atomically(folder / "state.json", lambda part: part.write_text(text))
 
 
 def collect(config):
-    """Writes the store config["out_dir"], whole or not at all, going on where an earlier try ended."""
-    disable_progress_bars()
+    """
+    Writes the store config["out_dir"], whole or not at all, going on where an earlier try ended. A shard is
+    the docs of the next shuffle_rows tokens for each process, of which each runs its share. All that is known
+    of those that are done is in the building folder's meta.json.
+    """
     set_up(config)
     (rank, n_processes), out = world(), Path(config["out_dir"])
     if out.exists():
         fail(f"--out_dir={out} exists already: give another name")
     building, same = out.with_name(out.name + ".building"), config | dict(processes=n_processes)
-    if (building / "config.json").exists() and json.loads((building / "config.json").read_text()) != same:
-        fail(f"{building} holds an unfinished store of other arguments: delete it, or give another --out_dir")
+    meta = same | dict(shards=0, docs=0, tokens=0, counts={}, tokenizer=config["finetuned"])
+    if (building / "meta.json").exists():
+        meta = json.loads((building / "meta.json").read_text())
+        if meta != meta | same:
+            fail(f"{building} is of other arguments: delete it, or give another --out_dir")
     harvest = Harvest(config)
-    need = config["n_tokens"] * 2 * (2 * harvest.d_model + 12)  # bytes
+    need = (config["n_tokens"] - meta["tokens"]) * 2 * (2 * harvest.d_model + 12)  # bytes
     free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
     if need > free:
-        fail(f"--n_tokens={config['n_tokens']} takes {need / 1e9:.1f} GB; free: {free / 1e9:.1f} GB")
+        fail(f"--n_tokens={config['n_tokens']} takes {need / 1e9:.1f} GB more; free: {free / 1e9:.1f} GB")
     building.mkdir(parents=True, exist_ok=True)
-    write_atomically(building / "config.json", lambda part: part.write_text(json.dumps(same)))
-
-    done = sorted(building.glob(f"*-{rank:03d}"))
-    state = dict(texts=0, docs=0, tokens=0, norm_sum=[0.0, 0.0], dropped={})
-    state = json.loads((done[-1] / "state.json").read_text()) if done else state
-    harvest.dropped.update(state["dropped"])
-    quota = config["n_tokens"] // n_processes + (rank < config["n_tokens"] % n_processes)
-    groups = harvest.groups(state["texts"], state["docs"])
-    bar = tqdm(total=quota, initial=state["tokens"], unit="tok", unit_scale=True, disable=rank > 0)
-    for part in itertools.count(len(done)):
-        blocks, docs, n_rows, wanted = [], [], 0, min(config["shuffle_rows"], quota - state["tokens"])
-        while n_rows < wanted and (group := next(groups, None)):
-            state |= dict(texts=group[0], docs=group[1])
-            blocks, docs = blocks + group[2], docs + group[3]
-            new = sum(len(block["doc"]) for block in group[2])
-            bar.update(min(new, quota - state["tokens"] - n_rows))
-            n_rows += new
-        if not n_rows:
-            break
-        kept = min(n_rows, quota - state["tokens"])
-        order = np.random.default_rng([config["seed"], rank, part]).permutation(kept)
-        rows = {name: torch.cat([block[name] for block in blocks])[order] for name in blocks[0]}
-        norm_sum = (torch.tensor(state["norm_sum"]).double() + rows["norm"].double().sum(0)).tolist()
-        state |= dict(tokens=state["tokens"] + kept, norm_sum=norm_sum, dropped=dict(harvest.dropped))
-        write_part(building / f"{part:06d}-{rank:03d}", rows, docs, state)
-    bar.close()
-    if dist.is_initialized():
-        dist.barrier()
-    if rank == 0:
-        finish(config, harvest, building, out)
-
-
-def finish(config, harvest, building, out):
-    """Makes the store of its finished parts."""
-    parts = sorted(building.glob("*-[0-9][0-9][0-9]"))
-    last = {path.name[-3:]: json.loads((path / "state.json").read_text()) for path in parts}  # by process
-    tokens = sum(state["tokens"] for state in last.values())
-    dropped = sum((Counter(state["dropped"]) for state in last.values()), Counter())
-    if not tokens:
-        fail(f"--text={config['text']} yields no token to keep; dropped: {dict(harvest.dropped)}")
-    furthest = max(last, key=lambda rank: last[rank]["docs"])  # each process lists all docs up to its last
-    for name in ("base", "finetuned"):
-        join([part / name for part in parts], building / "store" / name)
-    join([part / "docs" for part in parts if part.name.endswith(furthest)], building / "store" / "docs")
-    norm_sum = np.sum([state["norm_sum"] for state in last.values()], axis=0)
-    scale = (harvest.d_model**0.5 / (norm_sum / tokens)).tolist()
     names = ("torch", "transformers", "nnsight", "datasets")
     versions = {name: importlib.metadata.version(name) for name in names}
-    meta = config | dict(hooks=harvest.hooks, d_model=harvest.d_model, tokens=tokens, scale=scale)
-    meta |= dict(dropped=dropped, tokenizer=config["finetuned"], versions=versions)
-    (building / "store" / "meta.json").write_text(json.dumps(meta, indent=1))
-    os.replace(building / "store", out)
-    shutil.rmtree(building)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{out}: {tokens} tokens, {size / 1e9:.2f} GB, of {harvest.hooks[0]}")
-    print("dropped:", ", ".join(f"{count} {reason}" for reason, count in dropped.items()))
-    print("scale:", ", ".join(f"{y:.5g}" for y in scale))
-    if tokens < config["n_tokens"]:
-        print(f"the texts ended before --n_tokens={config['n_tokens']}")
+    meta |= dict(hooks=harvest.hooks, d_model=harvest.d_model, versions=versions)
+    total, done = config["n_tokens"] // n_processes, meta["tokens"] // n_processes
+    harvest.bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, disable=rank > 0)
+    size = lambda: min(config["shuffle_rows"] * n_processes, config["n_tokens"] - meta["tokens"])
+    shards = harvest.shards(size, harvest.tokenizer, meta["docs"])
+    while meta["tokens"] < config["n_tokens"] and (docs := next(shards, None)):
+        meta = add_shard(harvest, building, docs, meta)
+    harvest.bar.close()
+    if rank == 0:
+        os.replace(building, out)
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        print(f"{out}: {meta['tokens']} tokens, {size / 1e9:.2f} GB, of {harvest.hooks[0]}")
+        print("dropped:", ", ".join(f"{count} {reason}" for reason, count in meta["dropped"].items()))
+        print("scale:", ", ".join(f"{y:.5g}" for y in meta["scale"]))
+        if meta["tokens"] < config["n_tokens"]:
+            print(f"the texts ended before --n_tokens={config['n_tokens']}")
+
+
+def add_shard(harvest, building, docs, meta):
+    """Runs this process's share of the docs, writes what is kept of it, and returns the next meta.json."""
+    (rank, n_processes), shard = world(), meta["shards"]
+    rows, dropped = harvest.run(list(enumerate((ids for _, ids in docs), meta["docs"]))[rank::n_processes])
+    before = meta["tokens"] + sum(gather(len(rows["pos"]))[:rank])
+    kept = min(len(rows["pos"]), max(0, meta["n_tokens"] - before))
+    order = np.random.default_rng([meta["seed"], rank, shard]).permutation(kept)
+    rows = {name: column[order] for name, column in rows.items()}
+    tables, index = {}, {name: rows[name].int().numpy() for name in ("token", "doc", "pos")}
+    for model, name in enumerate(("base", "finetuned")):
+        flat = pa.array(rows["x"][:, model].flatten().numpy())
+        tables[name] = dict(activation=pa.FixedSizeListArray.from_arrays(flat, harvest.d_model)) | index
+    if rank == 0:
+        tables["docs"] = dict(input_ids=[ids for _, ids in docs], text=[text for text, _ in docs])
+    write_shard(building, f"data-{shard:05d}-{rank:03d}.arrow", tables)
+    norms = dict(zip(("norm_base", "norm_finetuned"), rows["norm"].double().sum(0).tolist()))
+    counts = sum(gather(Counter(tokens=kept, **norms, **dropped)), Counter(meta["counts"]))
+    meta |= dict(shards=shard + 1, docs=meta["docs"] + len(docs), counts=counts, tokens=counts["tokens"])
+    meta["dropped"] = {reason: counts[reason] for reason in dropped} | harvest.empty
+    meta["scale"] = [harvest.d_model**0.5 * counts["tokens"] / counts[name] for name in norms]
+    if rank == 0:
+        for name in ("base", "finetuned", "docs"):
+            list_files(building / name)
+        write_atomically(building / "meta.json", lambda part: part.write_text(json.dumps(meta, indent=1)))
+    return meta
 
 
 if __name__ == "__main__":
     try:
-        collect(config | read_command_line(config, choices, sys.argv[1:], __file__))
+        collect(config | read_command_line(config, allowed, sys.argv[1:], __file__))
     except KeyboardInterrupt:
-        print("stopped: the same command goes on where the last finished part ends", file=sys.stderr)
+        print("stopped: the same command goes on where the last finished shard ends", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as e:  # of a disk or a folder
-        fail(f"{e}. The same command goes on where the last finished part ends")
+        fail(f"{e}. The same command goes on where the last finished shard ends")

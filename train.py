@@ -4,17 +4,19 @@ fine-tuned from it (B). A latent has a decoder vector per model: where one is 0,
 
     python train.py --variant=batchtopk --k=32              # a toy with planted truth; ends with a score
     python train.py --data=acts --d_hidden=16384            # a store of activations, written by collect.py
+    python train.py --resume=True --out_dir=out/RUN         # goes on, or reports again on a finished run
     torchrun --standalone --nproc_per_node=2 train.py ...   # the same over several processes
 
+Any key of the config is set by --key=value. A run ends with OUT/report.html, what fine-tuning changed.
 Crosscoders: Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders. BatchTopK: Bussmann et al. 2024,
-arXiv 2412.06410. Auxiliary loss: Gao et al. 2024, arXiv 2406.04093. --key=value sets any key of the config.
+arXiv 2412.06410. Auxiliary loss: Gao et al. 2024, arXiv 2406.04093.
 """
 
-import argparse
-import contextlib
-import ctypes
+import ast
 import difflib
 import functools
+import html
+import io
 import json
 import math
 import os
@@ -29,8 +31,10 @@ from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages save a tenth of a step; read by torch once
 
-import jinja2
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -40,7 +44,7 @@ from einops import einsum
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.benchmark import Timer
+from transformers import AutoTokenizer
 
 # --- Config -------------------------------------------------------------------------------------------------
 
@@ -48,7 +52,6 @@ config = dict(
     # I/O
     out_dir="",  # folder of the run; empty makes a new one, out/DATA-VARIANT-TIME
     resume=False,  # go on from out_dir's checkpoint, with its config and what is given beside it
-    report_only=False,  # report again on out_dir's last checkpoint, without training
     save_every=500,  # steps between checkpoints; 0: only at the end
     # logging
     log_every=50,  # steps between rows of metrics
@@ -77,18 +80,15 @@ config = dict(
     decay=0.2,  # share of the steps, the last ones, in which lr falls to 0
     beta1=0.9,
     beta2=0.999,
-    grad_clip=1.0,  # largest norm of the gradient
+    grad_clip=1.0,  # largest norm of the gradient; 0: any
     # system
     device="auto",  # auto (cuda if there is one), cpu, cuda or cuda:1
     sparse="auto",  # exact sparse step: True, False, or auto (on the CPU, once few latents are active)
     seed=0,
 )
-choices = dict(
-    variant=["vanilla", "topk", "batchtopk"],
-    basis=["plain", "delta"],
-    wandb_mode=["offline", "online", "disabled"],
-    sparse=["auto", "True", "False"],
-)
+allowed = dict(variant=["vanilla", "topk", "batchtopk"], basis=["plain", "delta"])
+allowed |= dict(wandb_mode=["offline", "online", "disabled"], sparse=["auto", "True", "False"])
+allowed |= dict.fromkeys(["steps", "batch_size", "d_hidden", "k", "k_aux", "log_every"], range(1, 10**15))
 
 
 def fail(message):
@@ -102,42 +102,31 @@ def first_line(e):
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
-def read_command_line(defaults, choices, argv, file):
+def read_command_line(defaults, allowed, argv, file):
     """{key: value} of argv's --key=value, each of the type of its default. --help prints `file`'s config."""
-
-    def number(text):
-        if not 0 <= float(text) < 1e15:  # nor is nan
-            raise ValueError
-        return float(text)
-
-    def integer(text):  # 140_000 and 1e6 are integers too
-        if number(text) % 1:
-            raise ValueError
-        return int(float(text))
-
-    def boolean(text):
-        return ["False", "True"].index(text) == 1
-
-    if "--help" in argv:
-        print(Path(file).read_text(encoding="utf-8").partition("\nconfig = ")[2].partition("\n)\n")[0])
-        raise SystemExit(0)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = fail
-    for key, default in defaults.items():
-        kind = {bool: boolean, int: integer, float: number, str: str}[type(default)]
-        parser.add_argument(f"--{key}", type=kind, choices=choices.get(key), default=argparse.SUPPRESS)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], defaults, 1, 0)
-        fail(f"unknown argument {unknown[0]}: expected --key=value, the nearest key is --{near[0]}")
-    return vars(given)
-
-
-def require(config, positive):
-    """Ends the program if one of those keys is 0."""
-    for key in positive.split():
-        if not config[key]:
-            fail(f"--{key}=0: expected more than 0")
+    given = {}
+    for argument in argv:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if argument == "--help":
+            _, usage, code = Path(file).read_text(encoding="utf-8").split('"""', 2)
+            print(usage.strip(), code.partition("\nconfig = dict(")[2].partition("\n)\n")[0], sep="\n")
+            raise SystemExit(0)
+        if not argument.startswith("--") or not equals or key not in defaults:
+            near = difflib.get_close_matches(key.lstrip("-"), defaults, 1, 0)[0]
+            fail(f"{argument}: expected --key=value, the nearest key is --{near}")
+        kind, expected = type(defaults[key]), allowed.get(key)
+        try:
+            number = text if kind is str else ast.literal_eval(text)
+            value = kind(number)  # 1e6 and 140_000 are integers too
+            fits = value == number and (type(number) is bool) == (kind is bool)
+            fits &= value in expected if expected else kind is str or min(defaults[key], 0) <= value < 1e15
+        except Exception:  # literal_eval raises many kinds
+            fits = False
+        if not fits:
+            what = " or ".join(expected) if expected and kind is str else kind.__name__
+            fail(f"--{key}={text}: expected {what}{', more than 0' if type(expected) is range else ''}")
+        given[key] = value
+    return given
 
 
 # --- Processes: where there is one, these change nothing ----------------------------------------------------
@@ -148,19 +137,37 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def all_reduce(x, op=dist.ReduceOp.SUM):
+def all_mean(x):
+    """The mean of x over all processes, written into x."""
     if dist.is_initialized():
-        dist.all_reduce(x, op)
+        dist.all_reduce(x)
+        x /= world()[1]
     return x
 
 
-def all_gather(x):
-    """The 1-d tensors x of all processes, of any lengths, in one, and where this process's begins in it."""
-    if not dist.is_initialized():
-        return x, 0
-    parts = [None] * world()[1]
-    dist.all_gather_object(parts, x.cpu())
-    return torch.cat(parts).to(x.device), sum(map(len, parts[: world()[0]]))
+def gather(x):
+    """[x of each process], of anything."""
+    every = [x] * world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(every, x)
+    return every
+
+
+def set_up(config):
+    """The device of this process, which joins the others if torchrun started it."""
+    name, local_rank = config["device"], os.environ.get("LOCAL_RANK")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        x = torch.zeros(1, device=f"cuda:{local_rank}" if local_rank and name == "cuda" else name)
+        x.item()
+    except (RuntimeError, AssertionError) as e:  # no such name, no such hardware, or nothing in it
+        fail(f"--device={name}: {first_line(e)}")
+    if local_rank and not dist.is_initialized():
+        if x.is_cuda:
+            torch.cuda.set_device(x.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if x.is_cuda else "gloo")
+    return x.device
 
 
 # --- Data: n_models, d_model, scale, batch(step) and validation() of raw activations ------------------------
@@ -173,6 +180,7 @@ class Toy:
     """
 
     n_models, d_model = 2, 128
+    docs, meta, texts_read = None, {}, 0  # it has none
     kinds = dict(shared=192, base=32, finetuned=32)  # planted features of each kind
     n_active = 28  # planted features active in a token, on average
 
@@ -218,75 +226,64 @@ class Toy:
             yield f"{name}: {found} of {n} planted features recovered ({found / n:.0%})"
         exclusive = kind != "shared"
         yield f"{(exclusive & ~near.any(1)).sum()} of {exclusive.sum()} exclusive latents are false"
-        if not 0.8 * self.n_active < frequency.sum() < 1.5 * self.n_active:
-            yield f"an L0 of {frequency.sum():.0f} is far from the {self.n_active} planted active features:"
-            yield "explained variance may be high all the same, but what is recovered suffers"
+        yield f"{frequency.sum():.1f} latents are active in a token, and {self.n_active} planted features"
 
 
 class Store:
     """
     A store of activations: the Hugging Face datasets base and finetuned in one folder, row i of one being row
-    i of the other, read through views of their memory maps. Batches are shuffled over the whole store, anew
-    each epoch, and are a function of (seed, step). The last val_tokens rows are held out.
+    i of the other. Batches are shuffled over the whole store, anew each epoch, and are a function of (seed,
+    step). The last val_tokens rows are held out.
     """
 
-    n_models = 2
+    n_models, names = 2, ("base", "finetuned")
+    docs, texts_read = None, 0
 
     def __init__(self, config):
         path = self.path = Path(config["data"])
-        self.config, self.meta, self.docs = config, {}, None
+        self.config, self.meta = config, {}
         try:
-            tables = [load_from_disk(path / name).data.table for name in ("base", "finetuned")]
-            chunks = [[chunk for chunk in table["activation"].chunks if len(chunk)] for table in tables]
-            self.views = [[c.flatten().to_numpy().reshape(len(c), -1) for c in part] for part in chunks]
-            (self.d_model, kind), *others = {(v.shape[1], v.dtype.kind) for part in self.views for v in part}
-            if others or kind != "f":
-                raise ValueError(f"found {[str(table['activation'].type) for table in tables]}")
+            stored = [load_from_disk(path / name).with_format("arrow") for name in self.names]
+            self.stored = [dataset.select_columns("activation") for dataset in stored]
+            columns = [dataset.data.column("activation") for dataset in stored]
+            sizes = {n for column in columns for n in pc.list_value_length(column).unique().to_pylist()}
+            if len(sizes) != 1 or not all(pa.types.is_floating(column.type.value_type) for column in columns):
+                raise ValueError(f"found {' and '.join(str(column.type) for column in columns)}")
+            self.d_model, self.n_rows, other = *sizes, *map(len, columns)
+            if self.n_rows != other:
+                raise ValueError(f"base has {self.n_rows} rows, finetuned {other}")
+            for name in {"token", "doc", "pos"}.intersection(*(dataset.column_names for dataset in stored)):
+                a, b = (dataset.data.column(name) for dataset in stored)
+                if not a.equals(b):
+                    i = np.argmax([x != y for x, y in zip(a, b)])
+                    raise ValueError(f"{name} first differs in row {i}, {a[i]} and {b[i]}")
+            self.n_train = self.n_rows - config["val_tokens"]
+            if self.n_train < config["batch_size"]:
+                raise ValueError(f"{self.n_rows} rows are less than --val_tokens and one --batch_size")
             if (path / "meta.json").exists():
                 self.meta = json.loads((path / "meta.json").read_text())
                 self.docs = load_from_disk(path / "docs")["input_ids"]
+                self.doc, self.pos = (stored[0].data.column(name).to_numpy() for name in ("doc", "pos"))
                 self.scale = torch.tensor(self.meta["scale"], dtype=torch.float)
-                self.doc, self.pos = (tables[0][name].to_numpy() for name in ("doc", "pos"))
-                if self.doc.max() >= len(self.docs):
-                    raise ValueError(f"docs has {len(self.docs)} rows, but rows are of doc {self.doc.max()}")
-                if self.scale.shape != (2,) or not (self.scale.isfinite() & (self.scale > 0)).all():
-                    raise ValueError(f"scale is {self.meta['scale']} in meta.json")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            expected = "base and finetuned, rows of floats, all of one length, in column activation"
-            fail(f"--data={path}: neither toy, nor stream, nor a whole store ({expected}): {first_line(e)}")
-        self.n_rows, other = map(len, tables)
-        if self.n_rows != other:
-            fail(f"{path} is not aligned: base has {self.n_rows} rows, finetuned {other}")
-        for name in {"token", "doc", "pos"}.intersection(*(table.column_names for table in tables)):
-            a, b = (table[name].to_numpy() for table in tables)
-            if (a != b).any():
-                i = np.argmax(a != b)
-                fail(f"{path} is not aligned: {name} first differs in row {i}, {a[i]} and {b[i]}")
-        self.n_train = self.n_rows - config["val_tokens"]
-        if self.n_train < config["batch_size"]:
-            fail(f"{path} has {self.n_rows} rows, less than --val_tokens and one --batch_size")
-        self.starts = [np.cumsum([0] + [len(view) for view in part]) for part in self.views]  # first rows
-        if not self.meta:
-            x = self.read(np.linspace(0, self.n_train - 1, min(self.n_train, 65536)).astype(int))
-            self.scale = self.d_model**0.5 / x.float().norm(dim=-1).mean(0)
-
-    @functools.lru_cache(2)  # noqa: B019
-    def order(self, epoch):
-        return np.random.default_rng([self.config["seed"], epoch]).permutation(self.n_train)
+                if self.scale.shape != (2,) or self.doc.max() >= len(self.docs):
+                    raise ValueError(f"docs has {len(self.docs)} rows, scale is {self.meta['scale']}")
+            else:
+                x = self.read(np.linspace(0, self.n_train - 1, min(self.n_train, 65536)).astype(int))
+                self.scale = self.d_model**0.5 / x.float().norm(dim=-1).mean(0)
+        except Exception as e:  # datasets and pyarrow raise many kinds
+            expected = "neither toy, nor stream, nor a store of aligned rows of floats, all of one length"
+            fail(f"--data={path}: {expected}: {first_line(e)}")
+        order = lambda epoch: np.random.default_rng([config["seed"], epoch]).permutation(self.n_train)
+        self.order = functools.lru_cache(2)(order)
 
     def read(self, rows):
         """The activations [len(rows), n_models, d_model] of those rows, in the store's float type."""
-        dtype = np.result_type(*(views[0] for views in self.views))
-        x = np.empty((len(rows), self.n_models, self.d_model), dtype)
-        for model, (views, starts) in enumerate(zip(self.views, self.starts)):
-            chunk = np.searchsorted(starts, rows, side="right") - 1
-            for i, (c, row) in enumerate(zip(chunk.tolist(), (rows - starts[chunk]).tolist())):
-                x[i, model] = views[c][row]
-        x = torch.from_numpy(x)
+        columns = [dataset[rows]["activation"].combine_chunks() for dataset in self.stored]
+        x = torch.from_numpy(np.stack([column.flatten().to_numpy() for column in columns]))
+        x = x.view(self.n_models, len(rows), self.d_model).transpose(0, 1)
         if not x.sum(dtype=torch.double).isfinite():
             i, model = (~x.isfinite()).any(-1).nonzero()[0].tolist()
-            name = self.path / ("base", "finetuned")[model]
-            fail(f"{name}: row {rows[i]} holds nan or inf; take it out of both, or collect again")
+            fail(f"{self.path / self.names[model]}: row {rows[i]} holds nan or inf: collect again without it")
         return x
 
     def batch(self, step):
@@ -317,53 +314,45 @@ def prefetched(data, steps, device):
 # --- Crosscoder ---------------------------------------------------------------------------------------------
 
 
-class SparseLosses(torch.autograd.Function):
-    """
-    The code f and the squared errors of what it decodes to, by the entries of f at (row, col) alone. They are
-    x @ W_enc.T + b_enc, computed already by whoever chose them. Exact: what ReLU or TopK set to 0 has no
-    gradient, so all that is left out are dense autograd's products with 0.
-
-    x [batch, d], W_enc and W_dec [d_hidden, d], row, col and f [n], sorted by row. Entries of the auxiliary
-    code are in rows batch to 2 * batch, and reconstruct what the code in row - batch leaves of x. Returns f,
-    the means over the batch of squared errors, [1] or with an auxiliary code [2], and errors x_hat - x.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, row, col, f, n_codes):
-        code = csr(row, col, f, n_codes * len(x), len(W_dec))
-        error = times(code, W_dec)
-        error[: len(x)].add_(b_dec).sub_(x)
-        if n_codes == 2:
-            error[len(x) :].add_(error[: len(x)])
-        ctx.save_for_backward(x, W_dec, row, col, f, code, error)
-        ctx.mark_non_differentiable(error)
-        return f.clone(), error.norm(dim=1).square().view(n_codes, -1).mean(1), error
-
-    @staticmethod
-    def backward(ctx, grad_f, grad_squares, _):
-        x, W_dec, row, col, f, code, error = ctx.saved_tensors
-        part = row // len(x)
-        grad_error = 2 / len(x) * grad_squares
-        weight = grad_error[part]
-        grad_f = grad_f + weight * torch.sparse.sampled_addmm(code, error, W_dec.T, beta=0).values()
-        at = col.argsort(stable=True)  # the transpose: sorted by column
-        row, token, col, f, grad_f = (y[at] for y in (row, row - part * len(x), col, weight * f, grad_f))
-        grad_W_dec = times(csr(col, row, f, len(W_dec), len(error)), error)
-        grad_W_enc = times(csr(col, token, grad_f, len(W_dec), len(x)), x)
-        grad_b_enc = grad_f.new_zeros(len(W_dec)).index_add(0, col, grad_f)
-        grad_b_dec = grad_error[0] * error[: len(x)].sum(0)
-        return (None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None, None, None)
+def csr(row, col, values, shape):
+    """The sparse matrix of that shape with those values, sorted by row."""
+    starts = torch.searchsorted(row, torch.arange(shape[0] + 1, device=row.device))
+    return torch.sparse_csr_tensor(starts, col, values, shape)
 
 
-def csr(row, col, values, n_rows, n_cols):
-    starts = torch.searchsorted(row, torch.arange(n_rows + 1, device=row.device))
-    return torch.sparse_csr_tensor(starts, col, values, (n_rows, n_cols))
-
-
-def times(sparse, dense):
-    """sparse @ dense, without the zeros that @ first writes and copies, which cost more than the product."""
-    out = dense.new_empty(len(sparse), dense.shape[1])
+def times(sparse, dense, spare=()):
+    """sparse @ dense, into memory out of the list `spare`: new memory can cost more than the product."""
+    out = spare.pop() if spare else dense.new_empty(len(sparse), dense.shape[1])
     return torch.addmm(out, sparse, dense, beta=0, out=out)
+
+
+class SparseDecode(torch.autograd.Function):
+    """
+    code @ W_dec for the code whose entries at (row, col), sorted by row, are f = x @ W_enc.T + b_enc there;
+    whoever chose them has computed f. Exact: what ReLU or TopK set to 0 has no gradient, so all that is left
+    out are dense autograd's products with 0. x [batch, d], W_enc and W_dec [d_hidden, d], row, col and f [n];
+    row may be up to n_rows, a multiple of batch, over which x is repeated. The gradients of W_dec and W_enc
+    are put into the memory in `spare`. Returns f and [n_rows, d].
+    """
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, W_dec, row, col, f, n_rows, spare):
+        ctx.spare = spare
+        ctx.save_for_backward(x, W_dec, row, col, f)
+        starts = torch.searchsorted(row, torch.arange(n_rows, device=row.device))
+        return f.clone(), F.embedding_bag(col, W_dec, starts, per_sample_weights=f, mode="sum")
+
+    @staticmethod
+    def backward(ctx, grad_f, grad):
+        x, W_dec, row, col, f = ctx.saved_tensors
+        at = col.argsort(stable=True)  # the transpose: sorted by column
+        row, col, f, grad_f = row[at], col[at], f[at], grad_f[at]
+        code = csr(col, row, f, (len(W_dec), len(grad)))
+        grad_f += torch.sparse.sampled_addmm(code, W_dec, grad.T, beta=0).values()
+        grad_pre = csr(col, row % len(x), grad_f, (len(W_dec), len(x)))
+        grad_b_enc = grad_f.new_zeros(len(W_dec)).index_add(0, col, grad_f)
+        grad_W_dec, grad_W_enc = times(code, grad, ctx.spare), times(grad_pre, x, ctx.spare)
+        return None, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
 
 
 def largest(y, k):
@@ -374,53 +363,63 @@ def largest(y, k):
 class CrossCoder(nn.Module, PyTorchModelHubMixin):
     """
     A sparse dictionary over the activations of n_models models. encode, decode and forward take and return
-    raw activations. from_pretrained(path_or_hub), save_pretrained(path) and push_to_hub(name) are
-    huggingface_hub's.
+    raw activations. save_pretrained(path) and push_to_hub(name) are huggingface_hub's.
 
     Parameters: W_enc, W_dec [d_hidden, n_models, d_model], b_enc [d_hidden], b_dec [n_models, d_model].
-    Buffers: scale [n_models], sqrt(d_model) / mean norm of each model's activations; threshold [], what a
-    score f * norm must exceed in batchtopk's inference (eval mode), so that a token's code does not depend on
-    its batch. In the basis "delta" what these are of is not A and B but A and B - A.
+    Buffers: scale [n_models], sqrt(d_model) / mean norm of each model's activations; mix [n_models, n_models]
+    from raw activations to what the parameters are of: diag(scale), or in the basis "delta" to A and to B - A
+    made as large; threshold [], what a score f * norm must exceed in batchtopk's inference (eval mode), so
+    that a token's code does not depend on its batch. The others are the state of training: smallest [], the
+    last batch's smallest score; since_fired [d_hidden], the tokens since each latent fired; l0 [].
     """
 
     def __init__(self, n_models: int, d_model: int, d_hidden: int, variant="batchtopk", k=32, basis="plain"):
         super().__init__()
-        self.variant, self.k, self.basis = variant, k, basis
-        self.rows_at_once = 1 + 10 * 2**20 // d_hidden  # 40 MB of pre-activations, picked from while in cache
+        self.variant, self.k, self.basis, self.spare = variant, k, basis, []
+        self.rows_at_once = 1 + 10 * 2**20 // d_hidden  # 40 MB of pre-activations
         self.W_dec = nn.Parameter(0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(d_hidden))
         self.b_dec = nn.Parameter(torch.zeros(n_models, d_model))
-        self.register_buffer("scale", torch.ones(n_models))
-        self.register_buffer("threshold", torch.zeros(()))
-        self.last_smallest = None  # smallest score kept in the last step: where to start looking in the next
+        self.scale, self.mix = nn.Buffer(torch.ones(n_models)), nn.Buffer(torch.eye(n_models))
+        self.threshold, self.smallest = nn.Buffer(torch.zeros(())), nn.Buffer(torch.zeros(()))
+        self.since_fired = nn.Buffer(torch.zeros(d_hidden, dtype=torch.long))
+        self.l0 = nn.Buffer(torch.tensor(float(d_hidden if variant == "vanilla" else k)))
+
+    @classmethod
+    def from_pretrained(cls, name, **options):
+        """The crosscoder of a run's folder, of the folder of its weights, or of a name on the hub."""
+        inside = Path(name) / "crosscoder"
+        return super().from_pretrained(inside if inside.is_dir() else name, **options)
 
     @torch.no_grad()
     def start_at(self, x, scale):
-        """Sets the scale [n_models] of a new model and, by raw x, its biases, so that few latents die."""
+        """Fits a new model to the data's scale [n_models] and to raw x, so that few latents die."""
         self.scale.copy_(scale)
+        self.mix.copy_(scale.diag())
         if self.basis == "delta":
-            size = (self.scaled(x)[:, 1:] / self.scale[1:, None]).norm(dim=-1).mean(0)
-            self.scale[1:] = x.shape[-1] ** 0.5 / (all_reduce(size) / world()[1])
-        if not self.scale.isfinite().all():
-            fail("nothing changed: the activations of the two models are equal, or all 0")
-        self.b_dec.copy_(all_reduce(self.scaled(x).mean(0)) / world()[1])
+            size = all_mean((x[:, 1:].float() - x[:, :1]).norm(dim=-1).mean(0)) / x.shape[-1] ** 0.5
+            self.mix[1:, 0], self.mix[1:, 1:] = -1 / size, (1 / size).diag()
+        y = self.scaled(x)
+        if not (y.var(0).sum(-1) > 1e-9 * y.square().sum(-1).mean(0)).all():  # nor if it is nan
+            fail("nothing to explain: A or B (or B - A) is the same in every row, or too large for float32")
+        self.b_dec.copy_(all_mean(y.mean(0)))
         self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
+        if self.variant == "batchtopk":
+            score = ((self.product(y[:32].flatten(1)) + self.b_enc) * self.decoder_norm()).flatten()
+            self.smallest.copy_(all_mean(score.topk(min(32 * self.k, len(score))).values[-1]))
 
     def scaled(self, x):
-        """Raw activations [batch, n_models, d_model] of any float type -> of mean norm sqrt(d_model)."""
-        if self.basis == "delta":
-            x = x.to(self.scale.dtype).diff(dim=1, prepend=x.new_zeros(len(x), 1, x.shape[2]))
-        return (x * self.scale[:, None]).to(self.scale.dtype)
+        """Raw activations [batch, n_models, d_model] of any float type -> those the parameters are of."""
+        return self.mix @ x.to(self.mix.dtype)
 
-    def unscaled(self, x):
+    def unscaled(self, y):
         """The inverse of `scaled`."""
-        x = x / self.scale[:, None]
-        return x.cumsum(dim=1) if self.basis == "delta" else x
+        return self.mix.inverse() @ y
 
     def in_models(self, y):
-        """Scaled activations or decoder vectors [n, n_models, d_model] as A's and B's, sizes comparable."""
-        return self.unscaled(y) * self.scale[0] if self.basis == "delta" else y
+        """Decoder vectors or their sums [n, n_models, d_model] as each model's, scaled by its own scale."""
+        return self.unscaled(y) * self.scale[:, None]
 
     def decoder_norm(self):
         """[d_hidden]: sum over the models of the norms of a latent's decoder vectors."""
@@ -431,12 +430,17 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             return (x @ self.W_enc.flatten(1).T).to(x.dtype)
 
+    def products(self, x):
+        """`product` a few rows at a time: [batch, d_hidden] is never whole, and the rows are still cached."""
+        for rows in x.split(self.rows_at_once):
+            yield from self.product(rows).split(128)
+
     def dense_code(self, product, norm):
         """f [batch, d_hidden] of x @ W_enc.T and the decoder norms."""
         f = F.relu(product + self.b_enc)
         if self.variant == "vanilla":
             return f
-        (row, col, _), _ = self.pick(lambda i, j: product[i:j], len(product), norm.detach())
+        row, col, _ = self.pick(lambda: product.split(128), len(product), norm.detach())[0]
         return torch.zeros_like(f).index_put((row, col), f[row, col])
 
     def encode(self, x):
@@ -445,25 +449,24 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def decode(self, f):
         """f [batch, d_hidden] -> raw activations [batch, n_models, d_model]."""
-        x_hat = einsum(f, self.W_dec, "batch latent, latent model d -> batch model d") + self.b_dec
-        return self.unscaled(x_hat)
+        return self.unscaled(
+            einsum(f, self.W_dec, "batch latent, latent model d -> batch model d") + self.b_dec
+        )
 
     def forward(self, x):
         """Raw activations -> reconstructed ones, [batch, n_models, d_model]."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
-    def entries(self, product_of, n_rows, norm, cut, dead=(), k_aux=0):
+    def entries(self, products, norm, cut, dead=(), k_aux=0):
         """
         The latents whose score f * norm is over `cut`, in topk the k best of each row that are, as (row, col,
         f), each [n]; alike, for the auxiliary loss, the k_aux of the latents `dead` with the largest
-        pre-activations in each row. product_of(i, j) gives x @ W_enc.T of rows i to j, a few at a time:
-        [batch, d_hidden] is never needed whole.
+        pre-activations in each row. products() yields x @ W_enc.T [rows, d_hidden], a few rows at a time.
         """
         bound = 0.9999 * cut / norm - self.b_enc  # a hair low, for rounding; exact below
-        best, aux = [], []
-        for start in range(0, n_rows, self.rows_at_once):
-            product = product_of(start, start + self.rows_at_once)
+        best, aux, start = [], [], 0
+        for product in products():
             if self.variant == "topk":
                 mask = largest(torch.addcmul(self.b_enc * norm, product, norm), self.k)
             else:  # comparing into floats is faster on a CPU than into bools
@@ -471,96 +474,112 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             row, col = mask.nonzero(as_tuple=True)
             best.append((start + row, col, product[row, col] + self.b_enc[col]))
             if len(dead):
-                pre = product[:, dead] + self.b_enc[dead]
-                row, col = largest(pre, k_aux).nonzero(as_tuple=True)
-                aux.append((start + row, dead[col], pre[row, col]))
+                pre, at = (product[:, dead] + self.b_enc[dead]).topk(min(k_aux, len(dead)))
+                row = torch.arange(start, start + len(pre), device=pre.device).repeat_interleave(pre.shape[1])
+                aux.append((row, dead[at].flatten(), pre.flatten()))
+            start += len(product)
         best, aux = ([torch.cat(column) for column in zip(*parts)] for parts in (best, aux))
         keep = (best[2] * norm[best[1]] > cut).nonzero().flatten()
         return [column[keep] for column in best], aux
 
-    def pick(self, product_of, n_rows, norm, **auxiliary):
+    def pick(self, products, n_rows, norm, dead=(), k_aux=0):
         """
         `entries` by variant and mode. In training, batchtopk keeps the k * batch largest scores of all
-        processes' rows, of equal ones the first, without sorting all: what is under 0.9 of the last step's
-        smallest is passed over, and looked at again if too few are left. So the set is that of a full sort.
+        processes' rows without sorting all: what is under 0.9 of the last batch's smallest is passed over and
+        looked at again if too few are left. So the set is that of a full sort; equal ones are kept together.
         """
         if self.variant != "batchtopk" or not self.training:
-            return self.entries(product_of, n_rows, norm, self.threshold, **auxiliary)
-        n_keep, guess = self.k * n_rows * world()[1], self.last_smallest
-        if guess is None:
-            some = ((product_of(0, 32) + self.b_enc) * norm).flatten().detach()
-            guess = some.topk(min(self.k * 32, len(some))).values[-1].clamp_min(0)
-            guess = self.last_smallest = all_reduce(guess, dist.ReduceOp.MIN)
-        for cut in (0.9 * guess, 0.5 * guess, 0 * guess):
-            best, aux = self.entries(product_of, n_rows, norm, cut, **auxiliary)
-            if all_reduce(torch.tensor(len(best[0]), device=norm.device)) >= n_keep:
+            return self.entries(products, norm, self.threshold, dead, k_aux)
+        n_keep = self.k * n_rows * world()[1]
+        for share in (0.9, 0.5, 0.0):
+            best, aux = self.entries(products, norm, share * self.smallest, dead, k_aux)
+            own_score = best[2] * norm[best[1]]
+            score = torch.cat(gather(own_score.cpu())).to(norm.device)
+            if len(score) >= n_keep:
                 break
-        score, start = all_gather(best[2] * norm[best[1]])
         if len(score):
-            self.last_smallest = score.kthvalue(max(len(score) - n_keep, 0) + 1).values
-        above, tied = score > self.last_smallest, score == self.last_smallest
-        keep = above | (tied & (tied.cumsum(0) <= n_keep - above.sum()))
-        keep = keep[start : start + len(best[0])].nonzero().flatten()
+            self.smallest.copy_(score.kthvalue(max(len(score) - n_keep, 0) + 1).values)
+        keep = (own_score >= self.smallest).nonzero().flatten()
         return [column[keep] for column in best], aux
 
-    def losses(self, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead=(), sparse=True):
+    def losses(self, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead_after=math.inf, sparse=True):
         """
-        The losses of a training batch x, raw [batch, n_models, d_model]: `loss`, to be minimised, and its
-        parts, all means over the batch of sums over the rest, of scaled activations. It is l2, in vanilla +
-        l1_coeff * l1, + aux_coeff * aux, in which the latents `dead` [n_dead] reconstruct what x_hat lacks.
+        The losses of a batch x, raw [batch, n_models, d_model]: `loss`, to be minimised, and its parts, all
+        means over the batch of sums over the rest, of scaled activations. It is l2, in vanilla + l1_coeff *
+        l1, + aux_coeff * aux, in which the dead latents, those that have not fired for dead_after tokens,
+        reconstruct what x_hat lacks. Beside them: x and error = x_hat - x, scaled [batch, n_models, d_model],
+        the number of the dead, how often each latent fired, [d_hidden], and the code, in the sparse step its
+        row, col and f, each [n]. In training mode the buffers move on.
         """
-        x = self.scaled(x).flatten(1)
-        W_enc, W_dec, norm = self.W_enc.flatten(1), self.W_dec.flatten(1), self.decoder_norm()
+        x, norm, batch = self.scaled(x).flatten(1), self.decoder_norm(), len(x)
+        W_enc, W_dec, e_hat = self.W_enc.flatten(1), self.W_dec.flatten(1), []
+        dead = (self.since_fired > dead_after).nonzero().flatten()
+        revived = dead if aux_coeff else dead[:0]
         if sparse:
-            product_of = lambda i, j: self.product(x[i:j])
-            (row, col, f), aux = self.pick(product_of, len(x), norm.detach(), dead=dead, k_aux=k_aux)
-            n, n_codes = len(f), 1 + (len(dead) > 0)
-            if len(dead):
-                row, col, f = (torch.cat(pair) for pair in zip((row, col, f), (len(x) + aux[0], *aux[1:])))
-            weights = W_enc, self.b_enc, W_dec, self.b_dec.flatten()
-            f, squares, error = SparseLosses.apply(x, *weights, row, col, f, n_codes)
-            f, col = f[:n], col[:n]
-            l1_loss, l0_loss = f @ norm[col] / len(x), torch.tensor(n / len(x), device=x.device)
-            fired = torch.zeros_like(norm, dtype=torch.bool).index_fill(0, col, True)
+            code, aux = self.pick(lambda: self.products(x), batch, norm.detach(), revived, k_aux)
+            n, (row, col, f) = len(code[0]), code
+            if aux:  # in rows after those of the code
+                row, col, f = (torch.cat(pair) for pair in zip(code, (batch + aux[0], *aux[1:])))
+            n_rows, weights = batch * (2 if aux else 1), (W_enc, self.b_enc, W_dec)
+            f, x_hat = SparseDecode.apply(x, *weights, row, col, f, n_rows, self.spare)
+            (x_hat, *e_hat), code = x_hat.view(-1, *x.shape).unbind(), (row[:n], col[:n], f[:n])
+            fired, mass = (
+                col[:n].bincount(minlength=len(norm)),
+                torch.zeros_like(norm).index_add(0, col[:n], f[:n]),
+            )
         else:
             product = self.product(x)
-            f = self.dense_code(product, norm)
-            error = f @ W_dec + self.b_dec.flatten() - x
-            l1_loss, active, squares = (f @ norm).mean(), f > 0, [error.square()]
-            l0_loss, fired = active.sum() / len(x), active.any(0)
-            if len(dead):
-                pre = product[:, dead] + self.b_enc[dead]
-                f = pre * largest(pre, k_aux)
-                squares.append((f @ W_dec[dead] + error.detach()).square())
-            squares = torch.stack([square.sum() / len(x) for square in squares])
-        if self.training and self.last_smallest is not None:  # started from the first, no sentinel
-            self.threshold.lerp_(self.last_smallest, torch.where(self.threshold == 0, 1.0, 0.02))
-        l2_loss, aux_loss = squares[0], squares[1:].sum() * min(len(dead) / k_aux, 1)
+            code = f = self.dense_code(product, norm)
+            x_hat, fired, mass = f @ W_dec, (f > 0).sum(0), f.sum(0)
+            if len(revived):
+                pre = product[:, revived] + self.b_enc[revived]
+                e_hat = [(pre * largest(pre, k_aux)) @ W_dec[revived]]
+        error = x_hat + self.b_dec.flatten() - x
+        mean_square = lambda y: y.norm(dim=1).square().mean()
+        l2_loss, l1_loss, l0_loss = mean_square(error), mass @ norm / batch, fired.sum() / batch
+        aux_loss = mean_square(error.detach() + e_hat[0]) if e_hat else torch.zeros_like(l2_loss)
+        aux_loss = aux_loss * min(len(dead) / k_aux, 1)
         loss = l2_loss + aux_coeff * aux_loss + (l1_coeff * l1_loss if self.variant == "vanilla" else 0)
+        if self.training:
+            silent = all_mean(fired.float()) == 0  # in all processes
+            self.since_fired.copy_((self.since_fired + batch * world()[1]) * silent)
+            self.threshold.lerp_(self.smallest, torch.where(self.threshold == 0, 1.0, 0.02))  # no sentinel
+            self.l0.copy_(l0_loss)
         parts = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss, aux_loss=aux_loss)
-        x, error = (y.unflatten(1, self.b_dec.shape) for y in (x, error[: len(x)]))
-        return parts | dict(fired=fired, x=x, error=error)
+        parts |= dict(x=x.unflatten(1, self.b_dec.shape), error=error.unflatten(1, self.b_dec.shape))
+        return parts | dict(dead=len(dead), fired=fired, code=code)
 
 
 # --- Measures -----------------------------------------------------------------------------------------------
 
+LOSSES = ["loss", "l2_loss", "l1_loss", "l0_loss", "aux_loss"]
+
 
 @torch.no_grad()
-def moments(model, x, error):
-    """What explained_variance needs of scaled x and x_hat - x [batch, n_models, d_model]; can be summed."""
-    if model.basis == "delta":
-        x, error = (torch.cat([y, model.in_models(y)[:, 1:]], dim=1) for y in (x, error))
-    error, square = ((y.norm(dim=-1).double() ** 2).sum(0) for y in (error, x))
-    return torch.cat([torch.stack([error, square, torch.full_like(error, len(x))], dim=1), x.sum(0)], dim=1)
+def sums(losses):
+    """What `metrics` needs of model.losses(...), in a vector that adds up over batches and processes."""
+    gram = lambda y: einsum(y, y, "row i d, row j d -> row i j").double().sum(0)
+    rows = len(losses["x"]) * torch.stack([torch.ones_like(losses["loss"]), *(losses[key] for key in LOSSES)])
+    moments = gram(losses["error"]), gram(losses["x"]), losses["x"].sum(0)
+    return torch.cat([y.flatten() for y in (rows, *moments)])
 
 
-def explained_variance(model, moments):
-    """1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, a ratio of sums over all rows; and per model."""
-    error, square, rows = moments[:, :3].T
-    variance = square - moments[:, 3:].square().sum(1) / rows
-    n, names = len(model.scale), ["A", "difference", "B"] if model.basis == "delta" else "ABCDEFGH"
-    row = dict(explained_variance=(1 - error[:n].sum() / variance[:n].sum()).item())
-    return row | {f"explained_variance_{k}": ev for k, ev in zip(names, (1 - error / variance).tolist())}
+def metrics(model, sums):
+    """
+    The losses, means over rows, and explained variances: 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, a
+    ratio of sums over all rows; in scaled units over all, and of each model and the last's difference from A.
+    """
+    n, d = model.b_dec.shape
+    rows, error, square, total = sums.split([1 + len(LOSSES), n * n, n * n, n * d])
+    error, total = error.view(n, n), total.view(n, d)
+    variance = square.view(n, n) - total @ total.T / rows[0]
+    row = dict(zip(LOSSES, (rows[1:] / rows[0]).tolist()))
+    row["explained_variance"] = (1 - error.trace() / variance.trace()).item()
+    models = model.mix.double().inverse()  # each in terms of what error and variance are of
+    for name, part in zip([*"ABCDEFGH"[:n], "difference"], [*models, models[-1] - models[0]]):
+        if (of_part := part @ variance @ part) > 0:
+            row[f"explained_variance_{name}"] = (1 - part @ error @ part / of_part).item()
+    return row
 
 
 def relative_norm(W):
@@ -574,32 +593,21 @@ def one_sided(relative_norm):
     return relative_norm < 0.1, relative_norm > 0.9
 
 
-def decoded(model, code):
-    """The scaled activations [rows, n_models, d_model] that a sparse code [rows, d_hidden] gives."""
-    return times(code, model.W_dec.flatten(1)).unflatten(1, model.b_dec.shape) + model.b_dec
-
-
 @torch.no_grad()
 def validate(model, data, l1_coeff):
     """
     Of held-out rows, in inference mode: metrics, how often each latent fires [d_hidden], and the code of each
     of the blocks of data.validation(), sparse [rows, d_hidden].
     """
-    norm, seen, codes = model.decoder_norm(), 0, []
+    training, total, fired, codes = model.training, 0, 0, []
+    model.eval()
     for x in data.validation():
-        x = model.scaled(x.to(norm.device))
-        product_of = lambda i, j, x=x: model.product(x.flatten(1)[i:j])
-        codes.append(csr(*model.entries(product_of, len(x), norm, model.threshold)[0], len(x), len(norm)))
-        seen = seen + moments(model, x, decoded(model, codes[-1]) - x)
-    n_rows, col = sum(map(len, codes)), torch.cat([code.col_indices() for code in codes])
-    fired = torch.bincount(col, minlength=len(norm))
-    l1_loss = torch.cat([code.values() for code in codes]) @ norm[col]
-    totals = seen[: len(model.scale), 0].sum(), l1_loss, fired.sum()
-    l2_loss, l1_loss, l0_loss = (total.item() / n_rows for total in totals)
-    loss = l2_loss + l1_coeff * l1_loss if model.variant == "vanilla" else l2_loss
-    metrics = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, l0_loss=l0_loss)
-    metrics |= explained_variance(model, seen) | dict(dead_latents=(fired == 0).sum().item())
-    return metrics, fired / n_rows, codes
+        losses = model.losses(x.to(model.mix.device), l1_coeff)
+        total, fired = total + sums(losses), fired + losses["fired"]
+        codes.append(csr(*losses["code"], (len(x), len(fired))))
+    model.train(training)
+    row = metrics(model, total) | dict(dead_latents=(fired == 0).sum().item())
+    return row, fired / sum(map(len, codes)), codes
 
 
 @torch.no_grad()
@@ -614,7 +622,8 @@ def latent_scaling(model, blocks, codes, latents):
     n, own = torch.arange(len(D), device=D.device), D.norm(dim=-1).argmax(dim=1)
     squares, sums = 0, 0
     for x, code in zip(blocks, codes):
-        f, x, x_hat = code.to_dense()[:, latents], model.scaled(x.to(D.device)), decoded(model, code)
+        f, x = code.to_dense()[:, latents], model.scaled(x.to(D.device))
+        x_hat = times(code, model.W_dec.flatten(1)).view_as(x) + model.b_dec
         y = torch.stack([model.in_models(x_hat), model.in_models(x - x_hat)])
         sums = sums + einsum(f, y, "row latent, kind row model d -> kind latent model d")
         squares = squares + f.square().sum(0)
@@ -626,122 +635,110 @@ def latent_scaling(model, blocks, codes, latents):
 
 # --- Report -------------------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>What fine-tuning changed</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root { color-scheme: light dark } h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
-body { overflow-wrap: anywhere } .run { columns: 18rem; font-size: 13px } p { margin: .7rem 0 0 }
-svg { width: min(20rem, 100%); margin: 1rem .8rem 0 0; font-size: 10px; fill: currentColor }
-polygon { fill: #4a86c540; stroke: #4a86c5 } path { stroke: gray; stroke-dasharray: 3 }
-.middle { text-anchor: middle } .end { text-anchor: end }
-.example { margin: .2rem 0 .2rem 1rem; font-size: 13px; white-space: pre-wrap }
-mark { background: rgb(255 140 0 / var(--a)); color: inherit }
-</style><h1>{{ verdict }}</h1>
-<div class="run">{% for key, value in run.items() %}{{ key }}: {{ value }}<br>{% endfor %}</div>
-{% for p in pictures %}<svg viewBox="0 0 300 150"><polygon points="30,130 {{ p.points }} 290,130"/>
-<text y="12">{{ p.title }}</text><text y="34">{{ p.top }}</text><text x="20" y="132">0</text>
-<text x="30" y="145">{{ p.low }}</text><text x="160" y="145" class="middle">{{ p.x_name }}</text>
-<text x="290" y="145" class="end">{{ p.high }}</text>{% for x, place, label in p.marks %}
-<path d="M{{ x }},30 V130"/><text x="{{ x }}" y="24" class="{{ place }}">{{ label }}</text>
-{% endfor %}</svg>{% endfor %}
-{% for title, latents in lists.items() %}<h2>{{ title }}{{ "" if latents else ": none" }}</h2>
-{% for latent, facts, examples in latents %}<p><b>latent {{ latent }}</b>
-{% for key, value in facts.items() if value == value %}{{ key }} {{ value }} {% endfor %}
-{% for example in examples %}<div class="example">{% for token, shade in example -%}
-<mark style="--a:{{ shade }}">{{ token }}</mark>{%- endfor %}</div>{% endfor %}{% endfor %}{% endfor %}
-</html>"""
+STYLE = """:root { color-scheme: light dark } h1 { font-size: 1.3rem } h2 { font-size: 1.1rem }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+table, .pictures { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px }
+td, th { padding: .2rem .6rem; text-align: right; vertical-align: top; border-top: 1px solid #8884 }
+.texts { text-align: left; white-space: pre-wrap; min-width: 24rem }
+mark { background: rgb(255 140 0 / var(--a)); color: inherit }"""
 
 
-def picture(title, x_name, y, low, high, log=False, marks=()):
-    """What PAGE draws of values y, evenly spaced from low to high, with marks (share of it, place, label)."""
-    heights = np.log1p(y) if log else np.maximum(y, 0)
-    points = zip(np.linspace(30, 290, len(y)), 130 - 100 * heights / max(heights.max(), 1e-9))
-    points, top = " ".join(f"{x:.1f},{y:.1f}" for x, y in points), f"{max(y):,.4g}"
-    marks = [(30 + 260 * x, place, label) for x, place, label in marks]
-    return dict(title=title, x_name=x_name, points=points, low=low, high=high, top=top, marks=marks)
+def pictures(table, shared, rows):
+    """Histograms of the latents over curves of the training, as an SVG with the page's own text colour."""
+    from matplotlib import pyplot, rc_context
+
+    names = (
+        "relative decoder norm (0: base alone, 1: fine-tuned alone)",
+        "cosine of d_A and d_B (shared latents)",
+    )
+    columns = table.relative_norm, table.cosine[shared], np.log10(table.frequency)
+    histograms = zip([*names, "log10 of firing frequency"], columns, [(0, 1), (-1, 1), (-6, 0)])
+    curves = pd.DataFrame(rows, columns=["step", "loss", "explained_variance", "l0_loss"]).dropna()
+    ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    with rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8} | dict.fromkeys(ink, "#010203")
+    ):
+        figure, (above, below) = pyplot.subplots(2, 3, figsize=(11, 4.5), layout="constrained")
+        for axes, (name, values, span) in zip(above, histograms):
+            axes.hist(values, bins=50, range=span, log=len(values) > 0)
+            axes.set(xlabel=name, ylabel="alive latents")
+        for axes, name in zip(below, curves.columns[1:]):
+            axes.plot("step", name, data=curves)
+            axes.set(xlabel="step", ylabel=name)
+        figure.savefig(svg := io.StringIO(), format="svg", transparent=True, metadata=dict(Date=None))
+        pyplot.close(figure)
+    svg = svg.getvalue().replace("#010203", "currentColor")
+    return f'<div class="pictures">{svg[svg.index("<svg") :]}</div>'
 
 
 def examples(data, f, decode):
-    """Around five tokens with the largest f [held-out rows], each of another text: [(token, share of it)]."""
-    order = f.argsort(descending=True)[: f.count_nonzero()]
-    places = [(data.doc[data.n_train + i], data.pos[data.n_train + i]) for i in order.tolist()]
-    share, best = dict(zip(places, (f[order] / f.max()).tolist())), {}
-    for doc, pos in places:
-        best.setdefault(doc, pos)
-    for doc, pos in list(best.items())[:5]:
-        ids, start = data.docs[int(doc)], max(0, pos - 16)
-        tokens = [decode([i]).replace("\n", "↵") for i in ids[start : pos + 9]]
-        yield [(token, f"{share.get((doc, start + i), 0):.2f}") for i, token in enumerate(tokens)]
+    """HTML of the texts around five tokens with the largest f [held-out rows], each of another text."""
+    rows = pd.DataFrame(dict(doc=data.doc[data.n_train :], pos=data.pos[data.n_train :], f=f.cpu() / f.max()))
+    rows = rows[rows.f > 0].sort_values("f", ascending=False, kind="stable")
+    share, lines = dict(zip(zip(rows.doc, rows.pos), rows.f)), []
+    for doc, pos in rows.drop_duplicates("doc")[["doc", "pos"]].head(5).to_numpy().tolist():
+        around = list(enumerate(data.docs[doc]))[max(0, pos - 16) : pos + 9]
+        tokens = [(html.escape(decode([i]).replace("\n", "↵")), share.get((doc, at), 0)) for at, i in around]
+        lines.append("".join(f'<mark style="--a:{a:.2f}">{token}</mark>' for token, a in tokens))
+    return '<div class="texts">' + "\n".join(lines) + "</div>"
 
 
-def report(model, data, config, out, metrics, frequency, codes):
-    """Writes OUT/report.html, what the models share and what each has alone; returns the same for wandb."""
-    W, alive = model.W_dec.detach(), frequency > 0
-    D, nu = model.in_models(W), torch.full((2, len(W)), math.nan, device=W.device)
-    relative, cosine = relative_norm(D), F.cosine_similarity(D[:, 0], D[:, 1], dim=-1)
-    base, finetuned = (alive & mask for mask in one_sided(relative))
-    shared = alive & ((relative - 0.5).abs() <= 0.1)
-    if len(exclusive := (base | finetuned).nonzero().flatten()):
-        nu[:, exclusive] = latent_scaling(model, data.validation(), codes, exclusive)
-    confirmed = (nu[0] < 0.5) & (nu[1] < 0.2)
-    verdict = f"of {len(W):,} latents {alive.sum():,} are alive: {shared.sum():,} shared, "
+@torch.no_grad()
+def latent_table(model, data, frequency, codes):
+    """A DataFrame of the alive latents; nu_r, nu_epsilon and what they confirm are of the exclusive ones."""
+    D, raw = model.in_models(model.W_dec), model.unscaled(model.W_dec)
+    columns = dict(relative_norm=relative_norm(D), cosine=F.cosine_similarity(D[:, 0], D[:, 1], dim=-1))
+    columns["change"] = (raw[:, 1] - raw[:, 0]).norm(dim=-1) / raw.norm(dim=-1).sum(1)
+    table = pd.DataFrame({name: y.cpu() for name, y in (columns | dict(frequency=frequency)).items()})
+    table = table[table.frequency > 0].rename_axis("latent")
+    exclusive = np.logical_or(*one_sided(table.relative_norm))
+    if exclusive.any():
+        latents = torch.tensor(table.index[exclusive], device=D.device)
+        nu = latent_scaling(model, data.validation(), codes, latents)
+        table.loc[exclusive, ["nu_r", "nu_epsilon"]] = nu.T.cpu().numpy()
+        confirmed = np.where((table.nu_r < 0.5) & (table.nu_epsilon < 0.2), "yes", "no")
+        table["confirmed"] = pd.Series(confirmed, table.index).where(exclusive)
+        table = table.sort_values(["confirmed", "frequency"], ascending=False)
+    return table
+
+
+def report(model, data, config, log, row, frequency, codes):
+    """Writes OUT/report.html, what the models share, what each has alone and what changed, and returns it."""
+    table = latent_table(model, data, frequency, codes)
+    (base, finetuned), shared = one_sided(table.relative_norm), table.relative_norm.between(0.4, 0.6)
+    verdict = f"of {len(frequency):,} latents {len(table):,} are alive: {shared.sum():,} shared, "
     verdict += f"{base.sum():,} base-only, {finetuned.sum():,} fine-tuned-only"
-    verdict += f", {confirmed.sum():,} of them confirmed" if len(exclusive) else ": no exclusive latents"
-
-    columns = dict(relative_norm=relative, cosine=cosine, frequency=frequency, nu_r=nu[0], nu_epsilon=nu[1])
-    columns["confirmed"] = torch.where(nu[0].isnan(), math.nan, confirmed.float())
-    often = alive & (frequency >= min(20 / config["val_tokens"], 0.01))
-    ranks = {"Fine-tuned-only latents, confirmed first": (finetuned, confirmed + frequency)}
-    ranks["Base-only latents, confirmed first"] = base, confirmed + frequency
-    ranks["Shared latents that rotated most"] = shared & often, -cosine
-    if model.basis == "delta":
-        columns["share_of_change"] = relative_norm(W)
-        ranks = {"Latents with the largest share of change": (often, columns["share_of_change"])} | ranks
-    decode, docs, lists = str, getattr(data, "docs", None), {}
-    if docs:
-        from transformers import AutoTokenizer
-
-        with contextlib.suppress(Exception):  # of many kinds; ids are shown then
-            decode = AutoTokenizer.from_pretrained(data.meta["tokenizer"], local_files_only=True).decode
-    # Of each kind the first 20, and the texts of all in one pass over the codes.
-    first = lambda mask, rank: rank.masked_fill(~mask, -math.inf).topk(min(20, mask.sum().item())).indices
-    best = {title: first(*masked_rank) for title, masked_rank in ranks.items()}
-    shown, texts = torch.cat(list(best.values())).unique(), {}
-    if docs:
-        f = torch.cat([code.to_dense()[:, shown] for code in codes])
-        texts = {j: list(examples(data, f_j, decode)) for j, f_j in zip(shown.tolist(), f.T)}
-    for title, latents in best.items():
-        facts = [{key: round(column[j].item(), 4) for key, column in columns.items()} for j in latents]
-        lists[title] = [(j, fact, texts.get(j, [])) for j, fact in zip(latents.tolist(), facts)]
-
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "loss" in row]
-    pairs, facts = zip([dict(tokens=0), *rows], rows), getattr(data, "meta", {}) | config
-    seconds = sum((b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in pairs)
-    names = ("base", "finetuned", "hooks", "data", "variant", "basis", "k")
-    run = {key: facts[key] for key in names if key in facts}
-    run |= dict(tokens=f"{rows[-1]['tokens']:,}", seconds=round(seconds))
-    run |= {key: f"{value:,.4g}" for key, value in metrics.items()}
-    histogram = lambda y, low, high: (torch.histc(y.float().cpu(), 50, low, high).numpy(), low, high, True)
-    marks = [(0.1, "middle", "base-only"), (0.4, "", "shared"), (0.6, "", ""), (0.9, "", "")]
-    marks.append((1, "end", "fine-tuned-only"))
-    log10, ends = frequency[alive].log10(), (rows[0]["step"], rows[-1]["step"])
-    pictures = [
-        picture("alive latents (log)", "relative decoder norm", *histogram(relative[alive], 0, 1), marks),
-        picture("shared latents (log)", "cosine of d_A and d_B", *histogram(cosine[shared], -1, 1)),
-        picture("alive latents (log)", "log10 of firing frequency", *histogram(log10, -6, 0)),
-    ]
-    curves = ("loss", "explained_variance", "l0_loss")
-    pictures += [picture(key, "step", [row[key] for row in rows], *ends) for key in curves]
-    page = jinja2.Environment(autoescape=True).from_string(PAGE)
-    page = page.render(verdict=verdict, run=run, pictures=pictures, lists=lists)
-    write_atomically(out / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
-    print(f"{verdict}\nreport: {out / 'report.html'}")
-    values = dict(relative_norm=relative[alive], cosine=cosine[shared], log10_frequency=log10)
-    logged = {f"report/{name}": wandb.Histogram(y.cpu().numpy()) for name, y in values.items()}
-    table = [[title, j, *facts.values()] for title in lists for j, facts, _ in lists[title]]
-    logged["report/latents"] = wandb.Table(["list", "latent", *columns], table)
-    return logged | {"report/page": wandb.Html(page)}
+    if "confirmed" in table:
+        verdict += f", {(table.confirmed == 'yes').sum():,} of them confirmed"
+    often = table.frequency >= min(20 / config["val_tokens"], 0.01)
+    lists = {
+        "Fine-tuned-only latents, confirmed first": table[finetuned],
+        "Base-only latents, confirmed first": table[base],
+        "Other latents that changed most": table[often & ~base & ~finetuned].sort_values("change")[::-1],
+        "Shared latents that rotated most": table[often & shared].sort_values("cosine"),
+    }
+    lists = {title: latents.head(20).dropna(axis=1) for title, latents in lists.items() if len(latents)}
+    if data.docs:
+        try:
+            where = dict(local_files_only=True, trust_remote_code=False)
+            decode = AutoTokenizer.from_pretrained(data.meta["tokenizer"], **where).decode
+        except Exception:  # of many kinds; ids are shown then
+            decode = str
+        for title, latents in lists.items():
+            f = torch.cat([code.to_dense()[:, latents.index] for code in codes])
+            lists[title] = latents.assign(texts=[examples(data, f_j, decode) for f_j in f.T])
+    shown = ("base", "finetuned", "hooks", "data", "variant", "basis", "k")
+    facts = {key: value for key, value in (data.meta | config).items() if key in shown} | row
+    page = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>What fine-tuning changed</title>']
+    page += [f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style><h1>{verdict}</h1>']
+    with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.4g}".format):
+        page += [pd.Series(facts).to_frame().to_html(header=False), pictures(table, shared, log.rows)]
+        for title, latents in lists.items():
+            page += [f"<h2>{title}</h2>", latents.reset_index().to_html(index=False, escape=False)]
+    page = "\n".join(page)
+    write_atomically(log.out / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
+    print(f"{verdict}\nreport: {log.out / 'report.html'}")
+    return page
 
 
 # --- Training -----------------------------------------------------------------------------------------------
@@ -758,18 +755,14 @@ def lr_factor(step, config):
 
 
 def resolve(config):
-    """The config with its by-rule values filled in; ends the program if a value cannot be."""
-    require(config, "steps batch_size d_hidden k k_aux log_every")
+    """The config with its by-rule values filled in; ends the program if two values do not go together."""
+    config, tokens = dict(config), config["steps"] * config["batch_size"]
     if config["k"] > config["d_hidden"] and config["variant"] != "vanilla":
         fail(f"--k={config['k']} is larger than --d_hidden={config['d_hidden']}")
     if config["batch_size"] % world()[1]:
         fail(f"--batch_size={config['batch_size']} is no multiple of the number of processes, {world()[1]}")
-    if max(config["beta1"], config["beta2"]) >= 1:
-        fail(f"--beta1={config['beta1']} and --beta2={config['beta2']}: expected less than 1")
-    config = dict(config)
     if config["aux_coeff"] < 0:
         config["aux_coeff"] = 0.0 if config["variant"] == "vanilla" else 1 / 32
-    tokens = config["steps"] * config["batch_size"]
     config["dead_after"] = config["dead_after"] or min(math.ceil(0.05 * tokens), 10_000_000)
     config["lr"] = config["lr"] or 3e-3 * math.sqrt(512 / config["d_hidden"])
     return config
@@ -799,15 +792,20 @@ class Log:
     shown = "l2_loss l0_loss explained_variance dead_latents aux_loss tokens_per_second".split()
     shown += ["loss_recovered_A", "loss_recovered_B"]
 
-    def __init__(self, out, config, start, wandb_id):
-        self.path, self.has_wandb = out / "metrics.jsonl", True
-        rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        rows = [row for row in rows if row.endswith("\n")]  # a last one may have been cut off
-        rows = [row for row in rows if json.loads(row)["step"] <= start]  # the others come again
-        write_atomically(self.path, lambda part: part.write_text("".join(rows)))
+    def __init__(self, config, state):
+        name = f"{Path(config['data']).name}-{config['variant']}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        out = self.out = Path(config["out_dir"] or Path("out") / name)
+        if not config["resume"] and (out / "metrics.jsonl").exists():
+            fail(f"--out_dir={out} already holds a run: --resume=True goes on with it; or give another name")
+        out.mkdir(parents=True, exist_ok=True)
+        config["out_dir"] = str(out)
+        print("\n".join(f"{key} = {value!r}" for key, value in config.items()))
+        self.rows, self.has_wandb = list(state["rows"]), True
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)  # those after the checkpoint come again
+        write_atomically(out / "metrics.jsonl", lambda part: part.write_text(text))
         os.environ.setdefault("WANDB_SILENT", "true")
         options = dict(project=config["wandb_project"], mode=config["wandb_mode"], name=out.name, dir=out)
-        self.to_wandb(wandb.init, **options, config=config, id=wandb_id, resume="allow")
+        self.to_wandb(wandb.init, **options, config=config, id=state["wandb_id"], resume="allow")
 
     def to_wandb(self, call, *args, **options):
         """call(...), a function of wandb's. A run goes on without wandb after one that fails."""
@@ -821,153 +819,119 @@ class Log:
     def __call__(self, step, row, prefix=""):
         shown = "  ".join(f"{key} {row[key]:.4g}" for key in self.shown if key in row)
         print(f"{step:7d} {prefix or 'train/'}  {shown}", flush=True)
-        row = {prefix + key: value for key, value in row.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(dict(step=step) | row) + "\n")
-        self.to_wandb(wandb.log, row, step=step)
+        self.rows.append(dict(step=step) | {prefix + key: value for key, value in row.items()})
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+        self.to_wandb(wandb.log, self.rows[-1], step=step)
 
 
-def set_up(config):
-    """The device of this process, which joins the others if torchrun started it."""
-    name, local_rank = config["device"], os.environ.get("LOCAL_RANK")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def build(config, state, device):
+    """The data, and a crosscoder with its optimiser and schedule, new or as the state of a run has them."""
+    if config["data"] == "stream":
+        from collect import Stream
+
+        data = Stream(config, state["texts_read"])
+    else:
+        data = Toy(config) if config["data"] == "toy" else Store(config)
+    if config["ce_eval"] and not data.docs:
+        fail("--ce_eval=True takes the texts of a store that collect.py wrote")
     try:
-        device = torch.empty(0, device=f"cuda:{local_rank}" if local_rank and name == "cuda" else name).device
-    except (RuntimeError, AssertionError) as e:  # no such name, or no such hardware
-        fail(f"--device={name}: {first_line(e)}")
-    if local_rank and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
+        options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis")}
+        model = CrossCoder(data.n_models, data.d_model, **options).to(device)
+        groups = [dict(params=model.parameters(), lr=config["lr"], initial_lr=config["lr"])]
+        optimizer = torch.optim.Adam(groups, betas=(config["beta1"], config["beta2"]), fused=True)
+        if config["resume"]:  # of the optimiser only its moments: rates are the config's
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(optimizer.state_dict() | dict(state=state["moments"]))
+            torch.set_rng_state(state["random_state"])
+        else:
+            model.start_at(data.batch(0).to(device), data.scale.to(device))
+        factor = lambda step: lr_factor(step, config)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=state["step"] - 1)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+        fail(f"data, config and checkpoint do not fit each other: {' '.join(str(e).split())[:300]}")
+    return data, model, optimizer, scheduler
 
 
 def train(config, checkpoint=None):
     """Trains by the config, from the checkpoint if one is given, and returns the crosscoder, in eval mode."""
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
     torch.backends.cuda.matmul.allow_tf32 = True
-    device = set_up(config)
-    config, (rank, n_processes) = resolve(config), world()
-    if sys.platform == "linux" and device.type == "cpu":
-        # What a step frees is kept for the next: to have the kernel clear new pages costs a tenth of a step.
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
     torch.manual_seed(config["seed"])
-    if config["data"] == "stream":
-        from collect import Stream
-
-        data = Stream(config, checkpoint.get("texts_read", 0) if checkpoint else 0)
-    else:
-        data = Toy(config) if config["data"] == "toy" else Store(config)
-    if config["ce_eval"] and not getattr(data, "docs", None):
-        fail("--ce_eval=True takes the texts of a store that collect.py wrote")
-    if rank == 0:
-        name = f"{Path(config['data']).name}-{config['variant']}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-        out = Path(config["out_dir"] or Path("out") / name)
-        if not checkpoint and (out / "metrics.jsonl").exists():
-            go_on = "go on with it by --resume=True" if (out / "checkpoint.pt").exists() else "delete it"
-            fail(f"--out_dir={out} already holds a run: {go_on}, or give another name")
-        out.mkdir(parents=True, exist_ok=True)
-        config["out_dir"] = str(out)
-        print("\n".join(f"{key} = {value!r}" for key, value in config.items()))
-    options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis")}
-    model = CrossCoder(data.n_models, data.d_model, **options).to(device)
-    betas = (config["beta1"], config["beta2"])
-    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config))
-    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler)
-    since_fired = torch.zeros(config["d_hidden"], dtype=torch.long, device=device)  # tokens, of each latent
-    share = 1.0 if config["variant"] == "vanilla" else config["k"] / config["d_hidden"]  # of active latents
-    start, batch_size, wandb_id = 0, config["batch_size"], os.urandom(4).hex()
-    if checkpoint:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
-            torch.set_rng_state(checkpoint["random_state"])
-            since_fired.copy_(checkpoint["since_fired"])
-            share, wandb_id = float(checkpoint["share"]), checkpoint["wandb_id"]
-            start = int(checkpoint["step"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
-            fail(f"the checkpoint does not fit this data and config: {' '.join(str(e).split())[:300]}")
-    else:
-        model.start_at(data.batch(0).to(device), data.scale.to(device))
-    steps = start if config["report_only"] else config["steps"]
-    log = Log(out, config, start, wandb_id) if rank == 0 else None
-    some = torch.randn(min(batch_size // n_processes, model.rows_at_once), model.b_dec.numel(), device=device)
-    timer = Timer("model.product(some)", globals=locals(), num_threads=torch.get_num_threads())
-    floor = timer.timeit(3).median * batch_size / n_processes / len(some)  # seconds: no step can take less
-    logged_at, logged_step = time.perf_counter(), start
+    device, new = set_up(config), dict(step=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
+    state = checkpoint or new
+    config, rank = resolve(config), world()[0]
+    data, model, optimizer, scheduler = build(config, state, device)
+    start, steps, batch_size = state["step"], config["steps"], config["batch_size"]
+    log = Log(config, state) if rank == 0 else None
+    terms = {key: config[key] for key in ("aux_coeff", "k_aux", "dead_after")}
+    logged_at, logged_step, found = time.perf_counter(), start, None
 
     for step, x in prefetched(data, range(start, steps), device):
         l1_coeff, lr = config["l1_coeff"] * warmup_factor(step, config), scheduler.get_last_lr()[0]
-        dead = (since_fired > config["dead_after"]).nonzero().flatten()
-        terms = dict(l1_coeff=l1_coeff, aux_coeff=config["aux_coeff"], k_aux=config["k_aux"])
-        auto = device.type == "cpu" and share < 0.04  # where the two steps cost the same
+        auto = device.type == "cpu" and model.l0 < 0.04 * config["d_hidden"]  # where the two cost the same
         sparse = auto if config["sparse"] == "auto" else config["sparse"] == "True"
+        model.spare = [p.grad.flatten(1) for p in (model.W_enc, model.W_dec) if p.grad is not None]
         optimizer.zero_grad()
-        losses = model.losses(x, **terms, dead=dead if config["aux_coeff"] else dead[:0], sparse=sparse)
-        (losses["loss"] / n_processes).backward()
+        losses = model.losses(x, l1_coeff, **terms, sparse=sparse)
+        losses["loss"].backward()
         for p in model.parameters():  # all are ready at once: there is nothing to overlap this with
-            all_reduce(p.grad)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
+            all_mean(p.grad)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"] or math.inf)
         if not grad_norm.isfinite():
-            norms = ", ".join(f"{norm:.3g}" for norm in x.double().norm(dim=-1).amax(1).topk(3).values)
-            said = f"loss {losses['loss'].item():.3g}, --lr={lr:.3g}, largest norms of rows {norms}"
-            go_on = "Lower --lr, or drop such rows, and go on from the last checkpoint, if there is one"
-            fail(f"step {step}: the gradient is not finite ({said}). {go_on}: it is whole")
+            largest, loss = x.double().norm(dim=-1).max(), losses["loss"].item()
+            said = f"loss {loss:.3g}, --lr={lr:.3g}, largest norm of a row {largest:.3g}"
+            fail(f"step {step}: the gradient is not finite ({said}); the last checkpoint is whole")
         optimizer.step()
         scheduler.step()
-        flags = torch.cat([losses["fired"], torch.tensor([len(stop_signals) > 0], device=device)])
-        flags = all_reduce(flags.int()) > 0  # of any process
-        since_fired, stop = torch.where(flags[:-1], 0, since_fired + batch_size), flags[-1]
-        if config["variant"] == "vanilla" and device.type == "cpu":
-            share = losses["l0_loss"].item() / config["d_hidden"]
         step += 1
+        stop = all_mean(torch.tensor(float(len(stop_signals)), device=device)) > 0  # of any process
         due = lambda every, step=step: step == steps or (every and step % every == 0)
 
         if due(config["log_every"]):
-            names = ["loss", "l2_loss", "l1_loss", "l0_loss", "aux_loss"]
-            means = all_reduce(torch.stack([losses[name].detach() for name in names])) / n_processes
-            row = dict(zip(names, means.tolist()))
-            row |= explained_variance(model, all_reduce(moments(model, losses["x"], losses["error"])))
-            row |= dict(l1_coeff=l1_coeff, lr=lr, dead_latents=len(dead), grad_norm=grad_norm.item())
-            seconds = (time.perf_counter() - logged_at) / (step - logged_step)
-            row |= dict(threshold=model.threshold.item(), tokens=step * batch_size)
-            row |= dict(tokens_per_second=batch_size / seconds, floor_fraction=floor / seconds)
+            speed = batch_size * (step - logged_step) / (time.perf_counter() - logged_at)
+            row = metrics(model, all_mean(sums(losses)))
+            row |= dict(l1_coeff=l1_coeff, lr=lr, dead_latents=losses["dead"], grad_norm=grad_norm.item())
+            row |= dict(threshold=model.threshold.item(), tokens=step * batch_size, tokens_per_second=speed)
             if rank == 0:
                 log(step, row)
             logged_at, logged_step = time.perf_counter(), step
         if rank == 0 and config["val_tokens"] and due(config["eval_every"]):
-            validated = validate(model, data, l1_coeff)
-            log(step, validated[0], "val/")
+            found = validate(model, data, l1_coeff)
+            log(step, found[0], "val/")
         if rank == 0 and (due(config["save_every"]) or stop):
-            state = dict(step=step, config=config, since_fired=since_fired, share=share, wandb_id=wandb_id)
-            state |= dict(random_state=torch.get_rng_state(), texts_read=getattr(data, "texts_read", 0))
-            state |= {name: part.state_dict() for name, part in parts.items()}
-            write_atomically(out / "checkpoint.pt", lambda part, state=state: torch.save(state, part))
+            state |= dict(config=config, step=step, rows=log.rows, texts_read=data.texts_read)
+            state |= dict(model=model.state_dict(), moments=optimizer.state_dict()["state"])
+            state |= dict(random_state=torch.get_rng_state())
+            write_atomically(log.out / "checkpoint.pt", functools.partial(torch.save, state))
         if stop and step < steps:
             if rank == 0:
                 log.to_wandb(wandb.finish)
-                print(f"stopped at step {step}: go on by --resume=True --out_dir={out}", file=sys.stderr)
+                print(f"stopped at step {step}: go on by --resume=True --out_dir={log.out}", file=sys.stderr)
             raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
 
     model.eval()
     if rank == 0:
-        write_atomically(out / "crosscoder", model.save_pretrained)
-        if config["val_tokens"]:
-            metrics, *found = validated if start < steps else validate(model, data, config["l1_coeff"])
-            if config["ce_eval"]:
-                from collect import loss_recovered
-
-                metrics |= (recovered := loss_recovered(model, data))
-                log(steps, recovered, "val/")
-            log.to_wandb(wandb.log, report(model, data, config, out, metrics, *found), step=steps)
-            if config["data"] == "toy":
-                print(*data.score(model, found[0]), sep="\n")
-        print(f"weights: CrossCoder.from_pretrained({str(out / 'crosscoder')!r})")
-        log.to_wandb(wandb.finish)
+        finish(model, data, config, log, found)
     return model
+
+
+def finish(model, data, config, log, found):
+    """Saves the weights and reports, by what validate found or, of a run that was finished before, finds."""
+    write_atomically(log.out / "crosscoder", model.save_pretrained)
+    if config["val_tokens"]:
+        row, frequency, codes = found or validate(model, data, config["l1_coeff"])
+        if config["ce_eval"]:
+            from collect import loss_recovered
+
+            log(config["steps"], recovered := loss_recovered(model, data), "val/")
+            row |= recovered
+        page = report(model, data, config, log, row, frequency, codes)
+        log.to_wandb(lambda: wandb.log(dict(report=wandb.Html(page)), step=config["steps"]))
+        if config["data"] == "toy":
+            print(*data.score(model, frequency), sep="\n")
+    print(f"weights: CrossCoder.from_pretrained({str(log.out)!r})")
+    log.to_wandb(wandb.finish)
 
 
 stop_signals = []  # received so far
@@ -981,35 +945,30 @@ def stop_soon(number, _):
 
 def read_config(argv):
     """The config as argv has it, for a stream with the keys of collect.py."""
-    defaults, allowed = config, choices
+    defaults, values = config, allowed
     if "--data=stream" in argv:
         import collect
 
-        defaults, allowed = collect.config | config, collect.choices | choices
-    return defaults | read_command_line(defaults, allowed, argv, __file__)
+        defaults, values = collect.config | config, collect.allowed | allowed
+    return defaults | read_command_line(defaults, values, argv, __file__)
 
 
 def main(argv):
     settings, checkpoint = read_config(argv), None
-    if settings["resume"] or settings["report_only"]:
+    if settings["resume"]:
         path = Path(settings["out_dir"]) / "checkpoint.pt"
-        if not path.is_file():
-            fail(f"there is no {path}: give the folder of a run by --out_dir")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # which runs no code
-            saved = dict(checkpoint["config"])
+            saved, rows = dict(checkpoint["config"]), [dict(row) for row in checkpoint["rows"]]
+            ids = dict(wandb_id=str(checkpoint["wandb_id"]), texts_read=int(checkpoint["texts_read"]))
+            checkpoint |= dict(rows=rows) | ids
         except Exception as e:  # of many kinds
-            fail(f"{path} is no checkpoint, or not whole: {first_line(e)}")
+            fail(f"--out_dir: {path} is no checkpoint, or not whole: {first_line(e)}")
         saved.pop("trust_remote_code", None)  # nor lets any in
-        saved_argv = [
-            f"--{key}={value}" for key, value in saved.items() if str(value) != str(config.get(key))
-        ]
-        settings = read_config(saved_argv + argv)
+        settings = read_config([f"--{key}={value}" for key, value in saved.items()] + argv)
         for key in ("data", "variant", "basis", "d_hidden", "seed"):
             if settings[key] != saved.get(key):
                 fail(f"--{key}={settings[key]}: this run has {saved.get(key)}, and resuming cannot change it")
-        if settings["report_only"]:
-            require(settings, "val_tokens")
     return train(settings, checkpoint)
 
 
