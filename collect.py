@@ -421,7 +421,7 @@ def add_shard(harvest, building, docs, meta):
     counts = sum(gather(Counter(tokens=kept, **norms, **dropped)), Counter(meta["counts"]))
     meta |= dict(shards=shard + 1, docs=meta["docs"] + len(docs), counts=counts, tokens=counts["tokens"])
     meta["dropped"] = {reason: counts[reason] for reason in dropped} | harvest.empty
-    meta["scale"] = [harvest.d_model**0.5 * counts["tokens"] / counts[name] for name in norms]
+    meta["scale"] = [harvest.d_model**0.5 * counts["tokens"] / (counts[name] or 1) for name in norms]
     if rank == 0:
         for name in ("base", "finetuned", "docs"):
             list_files(building / name)

@@ -484,6 +484,9 @@ def test_typing_the_same_command_twice_makes_two_runs_and_a_named_one_is_not_wri
         ("--steps=0", "more than 0"),
         ("--data=nowhere", "nowhere"),
         ("--resume=True", "--out_dir"),
+        ("--device=meta", "--device=meta"),
+        ("--d_hidden=300000000", "allocate"),
+        ("--beta1=1", "beta"),
         ("word", "word"),
     ],
 )
@@ -743,6 +746,47 @@ def test_collecting_the_impossible_gets_one_line_and_leaves_nothing(pairs, capfd
         collect.collect(collect_config(pairs["llama"][0], **changes))
     assert end.value.code == 2 and said in capfd.readouterr().err.strip().splitlines()[-1]
     assert set(Path().iterdir()) == before
+
+
+def test_texts_longer_than_the_models_positions_are_cut_there_and_it_says_so(pairs, capsys):
+    Path("long.txt").write_text(" ".join(f"w{i % 60}" for i in range(500)))
+    config = dict(text="long.txt", seq_len=500, n_tokens=400)
+    collect.collect(collect_config(pairs["gpt2"][0], **config))
+    assert "--seq_len=64 is used" in capsys.readouterr().err
+    assert [len(ids) for ids in load_from_disk("acts/docs")["input_ids"]][:2] == [64, 64]
+
+
+def test_texts_of_special_tokens_alone_come_first_and_chats_without_a_message_are_counted(pairs):
+    rows = [dict(messages=[dict(role="user", content="<s> <pad>")])] * 1500 + [dict(messages=[])] * 3
+    rows += [dict(messages=[dict(role="user", content="w1 w2 w3")])] * 100
+    Path("chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    collect.collect(collect_config(pairs["llama"][0], text="chat.jsonl", n_tokens=200))
+    meta = json.loads(Path("acts/meta.json").read_text())
+    assert meta["tokens"] == 200 and meta["dropped"]["empty_text"] == 3
+    assert set(load_from_disk("acts/base")["token"]) == {4, 5, 6}
+
+
+def test_a_full_disk_leaves_a_store_of_the_shards_before_and_room(pairs, capsys, monkeypatch):
+    config = collect_config(pairs["llama"][0], shuffle_rows=400)
+    collect.collect(config | dict(out_dir="whole"))
+    real = collect.write_arrow
+
+    def full(table, path):
+        if path.name.startswith("data-00002") and "finetuned" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(table, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "write_arrow", full)
+        with pytest.raises(SystemExit):
+            collect.collect(config)
+    assert "No space left" in capsys.readouterr().err
+    store = train.Store(store_config(data="acts.building"))
+    assert store.n_rows == store.meta["tokens"] and len(list(Path().glob("acts.building/*/*.arrow"))) == 6
+    collect.collect(config)
+    for name in ("base", "finetuned", "docs"):
+        assert load_from_disk(f"acts/{name}").to_dict() == load_from_disk(f"whole/{name}").to_dict()
 
 
 def test_models_with_different_vocabularies_are_refused_with_an_example(pairs, capsys):
@@ -1077,6 +1121,30 @@ def test_a_checkpoint_with_something_missing_or_of_another_kind_gets_one_line(ca
         error_of(capsys, train.main, ["--resume=True", "--out_dir=out"])
 
 
+@pytest.mark.parametrize("option", ["--beta1=0.5", "--lr=0.1", "--grad_clip=0", "--k=7"])
+def test_what_is_given_beside_resume_is_what_the_run_goes_on_with(option):
+    run("--steps=20", "--save_every=10", "--decay=0", "--out_dir=first")
+    for out in ("as_before", "other"):
+        shutil.copytree("first", out)
+    train.main(["--resume=True", "--out_dir=as_before", "--steps=30"])
+    train.main(["--resume=True", "--out_dir=other", "--steps=30", option])
+    assert not torch.equal(weights("as_before")["W_dec"], weights("other")["W_dec"])
+    key, value = option[2:].split("=")
+    assert torch.load("other/checkpoint.pt", weights_only=True)["config"][key] == float(value)
+    if key == "lr":
+        assert metrics("other")[-1]["step"] == 30 and metrics("other")[-2]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("text", [None, "3\n", '{"step": 1}\nnot json'])
+def test_a_finished_run_is_reported_again_whatever_became_of_its_metrics(text):
+    run("--steps=20", "--out_dir=out")
+    path, whole = Path("out/metrics.jsonl"), Path("out/metrics.jsonl").read_text()
+    path.write_text(text) if text else path.unlink()
+    Path("out/report.html").unlink()
+    train.main(["--resume=True", "--out_dir=out"])
+    assert path.read_text() == whole and Path("out/report.html").exists()
+
+
 def test_a_run_with_a_key_of_the_users_own_is_resumed_whatever_its_default(monkeypatch):
     monkeypatch.setitem(train.config, "mine", -0.5)
     run("--steps=5", "--out_dir=out")
@@ -1094,6 +1162,31 @@ def test_what_a_stranger_wrote_cannot_switch_remote_code_on(capsys, monkeypatch)
     monkeypatch.setattr(train, "train", lambda config, checkpoint: seen.append(config))
     train.main(["--resume=True", "--out_dir=out"])
     assert seen[0]["trust_remote_code"] is False
+
+
+def test_a_store_whose_tokenizer_has_code_runs_none_even_if_asked_to(pairs):
+    collect.collect(collect_config(pairs["gpt2"][0], n_tokens=500))
+    evil, meta = Path("evil"), Path("acts/meta.json")
+    evil.mkdir()
+    Path(evil, "evil.py").write_text("open('pwned', 'w')\nclass Evil: pass")
+    Path(evil, "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
+    Path(evil, "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "evil.Evil"}}')
+    changes = dict(tokenizer="evil", base="evil", trust_remote_code=True)
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | changes))
+    for ce_eval, code in ((False, 0), (True, 2)):
+        options = [*SMALL, "--steps=5", "--data=acts", f"--out_dir={ce_eval}", f"--ce_eval={ce_eval}"]
+        command = [sys.executable, str(HERE / "train.py"), *options]
+        done = subprocess.run(command, input="y\ny\n", capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert Path(f"{ce_eval}/crosscoder").exists() and not Path("pwned").exists()
+
+
+def test_a_module_that_the_model_does_not_have_gets_one_line_from_ce_eval(pairs, capsys):
+    collect.collect(collect_config(pairs["gpt2"][0], n_tokens=500))
+    meta = Path("acts/meta.json")
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | dict(hooks=["transformer.h.99"] * 2)))
+    said = error_of(capsys, run, "--data=acts", "--steps=5", "--ce_eval=True")
+    assert "--hook=transformer.h.99" in said
 
 
 def damaged(kind):

@@ -13,6 +13,7 @@ arXiv 2412.06410. Auxiliary loss: Gao et al. 2024, arXiv 2406.04093.
 """
 
 import ast
+import contextlib
 import difflib
 import functools
 import html
@@ -647,23 +648,20 @@ def pictures(table, shared, rows):
     """Histograms of the latents over curves of the training, as an SVG with the page's own text colour."""
     from matplotlib import pyplot, rc_context
 
-    names = (
-        "relative decoder norm (0: base alone, 1: fine-tuned alone)",
-        "cosine of d_A and d_B (shared latents)",
-    )
-    columns = table.relative_norm, table.cosine[shared], np.log10(table.frequency)
-    histograms = zip([*names, "log10 of firing frequency"], columns, [(0, 1), (-1, 1), (-6, 0)])
+    ends, cosine = "(0: base alone, 1: fine-tuned alone)", table.cosine[shared]
+    histograms = {f"relative decoder norm {ends}": (table.relative_norm, (0, 1))}
+    histograms |= {"cosine of d_A and d_B, of shared latents": (cosine, (-1, 1))}
+    histograms |= {"log10 of firing frequency": (np.log10(table.frequency), (-6, 0))}
     curves = pd.DataFrame(rows, columns=["step", "loss", "explained_variance", "l0_loss"]).dropna()
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    with rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8} | dict.fromkeys(ink, "#010203")
-    ):
+    style = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8} | dict.fromkeys(ink, "#010203")
+    with rc_context(style):
         figure, (above, below) = pyplot.subplots(2, 3, figsize=(11, 4.5), layout="constrained")
-        for axes, (name, values, span) in zip(above, histograms):
+        for axes, (name, (values, span)) in zip(above, histograms.items()):
             axes.hist(values, bins=50, range=span, log=len(values) > 0)
-            axes.set(xlabel=name, ylabel="alive latents")
+            axes.set(xlabel=name, ylabel="latents")
         for axes, name in zip(below, curves.columns[1:]):
-            axes.plot("step", name, data=curves)
+            axes.plot(curves.step, curves[name])
             axes.set(xlabel="step", ylabel=name)
         figure.savefig(svg := io.StringIO(), format="svg", transparent=True, metadata=dict(Date=None))
         pyplot.close(figure)
@@ -719,11 +717,9 @@ def report(model, data, config, log, row, frequency, codes):
     }
     lists = {title: latents.head(20).dropna(axis=1) for title, latents in lists.items() if len(latents)}
     if data.docs:
-        try:
-            where = dict(local_files_only=True, trust_remote_code=False)
-            decode = AutoTokenizer.from_pretrained(data.meta["tokenizer"], **where).decode
-        except Exception:  # of many kinds; ids are shown then
-            decode = str
+        decode, safe = str, dict(local_files_only=True, trust_remote_code=False)  # a stranger's name
+        with contextlib.suppress(Exception):  # of many kinds; ids are shown then
+            decode = AutoTokenizer.from_pretrained(data.meta["tokenizer"], **safe).decode
         for title, latents in lists.items():
             f = torch.cat([code.to_dense()[:, latents.index] for code in codes])
             lists[title] = latents.assign(texts=[examples(data, f_j, decode) for f_j in f.T])
