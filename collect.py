@@ -229,7 +229,7 @@ class Harvest:
                 fail(f"the two models have different vocabularies: text {text} is {said}")
         self.largest_norm = torch.full((2,), torch.inf)
         for docs in self.shards(few, self.tokenizer):  # until there is a token to take the median by
-            rows, _ = self.run(list(enumerate(ids for _, ids in docs)))
+            rows, _ = self.run(docs)
             if len(rows["norm"]):
                 break
         else:
@@ -249,17 +249,18 @@ class Harvest:
         if shard:
             yield shard
 
-    def run(self, docs):
+    def run(self, docs, first_doc=0, rank=0, n_processes=1):
         """
-        Of docs, [(number, ids)], the rows that are kept: x [row, model, d_model] float16, norm [row, model],
-        token, doc and pos [row]; and how many are not, by the first reason that holds. Docs of like length go
-        through the models together.
+        Of this process's share of docs [(text, ids)], whose numbers start at first_doc, the rows that are
+        kept: x [row, model, d_model] float16, norm [row, model], token, doc and pos [row]; and how many are
+        not, by the first reason that holds. Docs of like length go through the models together.
         """
-        docs, parts, dropped = sorted(docs, key=lambda doc: len(doc[1])), list(self.nothing), Counter()
-        size = self.config["texts_per_batch"]
+        docs = [(i, torch.tensor(ids)) for i, (_, ids) in enumerate(docs, first_doc)][rank::n_processes]
+        docs.sort(key=lambda doc: len(doc[1]))
+        parts, dropped, size = list(self.nothing), Counter(), self.config["texts_per_batch"]
         for start in range(0, len(docs), size):
             numbers, texts = zip(*docs[start : start + size])
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
             pos = torch.arange(ids.shape[1]).expand_as(ids)
             mask = pos < torch.tensor([len(text) for text in texts])[:, None]
             inputs = ids.to(self.device), mask.long().to(self.device)
@@ -302,16 +303,16 @@ class Stream:
 
     def read(self, first_doc):
         """The shards of this process, from that doc on; those of all texts again when they end."""
-        (rank, n), size = world(), lambda: self.config["shuffle_rows"] * world()[1]
+        size = lambda: self.config["shuffle_rows"] * world()[1]
         while True:
             self.texts_read, found = first_doc, 0
             for docs in self.harvest.shards(size, self.harvest.tokenizer, first_doc):
                 self.texts_read += len(docs)
-                x = self.harvest.run(list(enumerate(ids for _, ids in docs))[rank::n])[0]["x"]
+                x = self.harvest.run(docs, 0, *world())[0]["x"]
                 found += len(x)
                 yield x
             if not found and not first_doc:
-                fail(f"--text={self.config['text']} has too few texts for {n} processes")
+                fail(f"--text={self.config['text']} has too few texts for {world()[1]} processes")
             print(f"all {self.texts_read} texts are read: they come again", file=sys.stderr)
             first_doc = 0
 
@@ -405,10 +406,10 @@ def collect(config):
 def add_shard(harvest, building, docs, meta):
     """Runs this process's share of the docs, writes what is kept of it, and returns the next meta.json."""
     (rank, n_processes), shard = world(), meta["shards"]
-    rows, dropped = harvest.run(list(enumerate((ids for _, ids in docs), meta["docs"]))[rank::n_processes])
+    rows, dropped = harvest.run(docs, meta["docs"], rank, n_processes)
     before = meta["tokens"] + sum(gather(len(rows["pos"]))[:rank])
     kept = min(len(rows["pos"]), max(0, meta["n_tokens"] - before))
-    order = np.random.default_rng([meta["seed"], rank, shard]).permutation(kept)
+    order = np.random.default_rng([meta["seed"], rank, shard]).permutation(len(rows["pos"]))[:kept]
     rows = {name: column[order] for name, column in rows.items()}
     tables, index = {}, {name: rows[name].int().numpy() for name in ("token", "doc", "pos")}
     for model, name in enumerate(("base", "finetuned")):

@@ -27,7 +27,6 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages save a tenth of a step; read by torch once
@@ -107,26 +106,24 @@ def read_command_line(defaults, allowed, argv, file):
     """{key: value} of argv's --key=value, each of the type of its default. --help prints `file`'s config."""
     given = {}
     for argument in argv:
-        key, equals, text = argument.removeprefix("--").partition("=")
+        key, _, text = argument.removeprefix("--").partition("=")
         if argument == "--help":
             _, usage, code = Path(file).read_text(encoding="utf-8").split('"""', 2)
             print(usage.strip(), code.partition("\nconfig = dict(")[2].partition("\n)\n")[0], sep="\n")
             raise SystemExit(0)
-        if not argument.startswith("--") or not equals or key not in defaults:
+        if not argument.startswith(f"--{key}=") or key not in defaults:
             near = difflib.get_close_matches(key.lstrip("-"), defaults, 1, 0)[0]
             fail(f"{argument}: expected --key=value, the nearest key is --{near}")
         kind, expected = type(defaults[key]), allowed.get(key)
-        try:
+        with contextlib.suppress(Exception):  # literal_eval raises many kinds
             number = text if kind is str else ast.literal_eval(text)
             value = kind(number)  # 1e6 and 140_000 are integers too
-            fits = value == number and (type(number) is bool) == (kind is bool)
-            fits &= value in expected if expected else kind is str or min(defaults[key], 0) <= value < 1e15
-        except Exception:  # literal_eval raises many kinds
-            fits = False
-        if not fits:
-            what = " or ".join(expected) if expected and kind is str else kind.__name__
-            fail(f"--{key}={text}: expected {what}{', more than 0' if type(expected) is range else ''}")
-        given[key] = value
+            in_range = value in expected if expected else kind is str or min(defaults[key], 0) <= value < 1e15
+            if in_range and value == number and (type(number) is bool) == (kind is bool):
+                given[key] = value
+                continue
+        what = " or ".join(expected) if expected and kind is str else kind.__name__
+        fail(f"--{key}={text}: expected {what}{', more than 0' if type(expected) is range else ''}")
     return given
 
 
@@ -180,19 +177,18 @@ class Toy:
     fine-tuned direction slightly rotated. The exclusive ones are sqrt(2) longer, to carry as much energy.
     """
 
-    n_models, d_model = 2, 128
-    docs, meta, texts_read = None, {}, 0  # it has none
-    kinds = dict(shared=192, base=32, finetuned=32)  # planted features of each kind
+    n_models, d_model, docs, meta, texts_read = 2, 128, None, {}, 0
     n_active = 28  # planted features active in a token, on average
+    # Of each kind the number of planted features, and their size in A and in B.
+    kinds = dict(shared=(192, 1, 1), base=(32, 2**0.5, 0), finetuned=(32, 0, 2**0.5))
 
     def __init__(self, config):
         self.config, g = config, torch.Generator().manual_seed(config["seed"])
-        self.kind = np.repeat(list(self.kinds), list(self.kinds.values()))  # [feature]
+        counts, *sizes = zip(*self.kinds.values())
+        self.kind = np.repeat(list(self.kinds), counts)  # [feature]
         a, b = F.normalize(torch.randn(2, len(self.kind), self.d_model, generator=g), dim=-1)
-        rotated = F.normalize(a + 0.2 * b, dim=-1)
-        size = dict(shared=(1, 1), base=(2**0.5, 0), finetuned=(0, 2**0.5))
-        size = torch.tensor([size[kind] for kind in self.kind])[..., None]
-        self.directions = torch.stack([a, rotated], dim=1) * size  # [feature, model, d_model]
+        unit = torch.stack([a, F.normalize(a + 0.2 * b, dim=-1)], dim=1)
+        self.directions = unit * torch.tensor(np.repeat(sizes, counts, axis=1)).float().T[..., None]
         frequency = torch.linspace(1, 3, len(a))[torch.randperm(len(a), generator=g)]
         self.frequency = frequency / frequency.sum() * self.n_active
         self.scale = self.d_model**0.5 / self.rows(-1, 8192).norm(dim=-1).mean(0)
@@ -222,12 +218,15 @@ class Toy:
         unit = F.normalize(W, dim=-1), F.normalize(self.directions, dim=-1)
         near = einsum(*unit, "latent model d, feature model d -> latent feature model") > 0.9
         near = (near | ~self.directions.any(-1)).all(-1).numpy() & (kind[:, None] == self.kind)
-        for name, n in self.kinds.items():
+        for name, (n, *_) in self.kinds.items():
             found = near[:, self.kind == name].any(0).sum()
             yield f"{name}: {found} of {n} planted features recovered ({found / n:.0%})"
         exclusive = kind != "shared"
         yield f"{(exclusive & ~near.any(1)).sum()} of {exclusive.sum()} exclusive latents are false"
         yield f"{frequency.sum():.1f} latents are active in a token, and {self.n_active} planted features"
+
+
+FLOATS = {pa.float16(), pa.float32(), pa.float64()}
 
 
 class Store:
@@ -237,8 +236,7 @@ class Store:
     step). The last val_tokens rows are held out.
     """
 
-    n_models, names = 2, ("base", "finetuned")
-    docs, texts_read = None, 0
+    n_models, names, docs, texts_read = 2, ("base", "finetuned"), None, 0
 
     def __init__(self, config):
         path = self.path = Path(config["data"])
@@ -248,7 +246,7 @@ class Store:
             self.stored = [dataset.select_columns("activation") for dataset in stored]
             columns = [dataset.data.column("activation") for dataset in stored]
             sizes = {n for column in columns for n in pc.list_value_length(column).unique().to_pylist()}
-            if len(sizes) != 1 or not all(pa.types.is_floating(column.type.value_type) for column in columns):
+            if len(sizes) != 1 or not {column.type.value_type for column in columns} <= FLOATS:
                 raise ValueError(f"found {' and '.join(str(column.type) for column in columns)}")
             self.d_model, self.n_rows, other = *sizes, *map(len, columns)
             if self.n_rows != other:
@@ -608,6 +606,7 @@ def validate(model, data, l1_coeff):
         codes.append(csr(*losses["code"], (len(x), len(fired))))
     model.train(training)
     row = metrics(model, total) | dict(dead_latents=(fired == 0).sum().item())
+    del row["aux_loss"]  # there is none in inference
     return row, fired / sum(map(len, codes)), codes
 
 
@@ -640,6 +639,7 @@ STYLE = """:root { color-scheme: light dark } h1 { font-size: 1.3rem } h2 { font
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
 table, .pictures { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px }
 td, th { padding: .2rem .6rem; text-align: right; vertical-align: top; border-top: 1px solid #8884 }
+.run { columns: 18rem; font-size: 13px; overflow-wrap: anywhere; margin-bottom: 1rem }
 .texts { text-align: left; white-space: pre-wrap; min-width: 24rem }
 mark { background: rgb(255 140 0 / var(--a)); color: inherit }"""
 
@@ -659,7 +659,7 @@ def pictures(table, shared, rows):
         figure, (above, below) = pyplot.subplots(2, 3, figsize=(11, 4.5), layout="constrained")
         for axes, (name, (values, span)) in zip(above, histograms.items()):
             axes.hist(values, bins=50, range=span, log=len(values) > 0)
-            axes.set(xlabel=name, ylabel="latents")
+            axes.set(xlabel=name, ylabel="latents", ylim=(0.5, None))
         for axes, name in zip(below, curves.columns[1:]):
             axes.plot(curves.step, curves[name])
             axes.set(xlabel="step", ylabel=name)
@@ -724,13 +724,16 @@ def report(model, data, config, log, row, frequency, codes):
             f = torch.cat([code.to_dense()[:, latents.index] for code in codes])
             lists[title] = latents.assign(texts=[examples(data, f_j, decode) for f_j in f.T])
     shown = ("base", "finetuned", "hooks", "data", "variant", "basis", "k")
-    facts = {key: value for key, value in (data.meta | config).items() if key in shown} | row
+    facts = {key: value for key, value in (data.meta | config).items() if key in shown}
+    facts |= {key: f"{value:.4g}" for key, value in row.items()}
     page = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>What fine-tuning changed</title>']
-    page += [f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style><h1>{verdict}</h1>']
+    page += ['<meta name="viewport" content="width=device-width">', f"<style>{STYLE}</style>"]
+    page += [f'<h1>{verdict}</h1><div class="run">']
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.4g}".format):
-        page += [pd.Series(facts).to_frame().to_html(header=False), pictures(table, shared, log.rows)]
+        page += [f"<div>{key}: {html.escape(str(value))}</div>" for key, value in facts.items()] + ["</div>"]
+        page += [pictures(table, shared, log.rows)]
         for title, latents in lists.items():
-            page += [f"<h2>{title}</h2>", latents.reset_index().to_html(index=False, escape=False)]
+            page += [f"<h2>{title}</h2>", latents.reset_index().to_html(index=False, escape=False, border=0)]
     page = "\n".join(page)
     write_atomically(log.out / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
     print(f"{verdict}\nreport: {log.out / 'report.html'}")
@@ -789,14 +792,14 @@ class Log:
     shown += ["loss_recovered_A", "loss_recovered_B"]
 
     def __init__(self, config, state):
-        name = f"{Path(config['data']).name}-{config['variant']}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-        out = self.out = Path(config["out_dir"] or Path("out") / name)
+        when = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+        name = config["out_dir"] or f"out/{Path(config['data']).name}-{config['variant']}-{when}"
+        self.out = out = Path(name)
         if not config["resume"] and (out / "metrics.jsonl").exists():
             fail(f"--out_dir={out} already holds a run: --resume=True goes on with it; or give another name")
         out.mkdir(parents=True, exist_ok=True)
-        config["out_dir"] = str(out)
+        config["out_dir"], self.rows, self.has_wandb = str(out), state["rows"], True
         print("\n".join(f"{key} = {value!r}" for key, value in config.items()))
-        self.rows, self.has_wandb = list(state["rows"]), True
         text = "".join(json.dumps(row) + "\n" for row in self.rows)  # those after the checkpoint come again
         write_atomically(out / "metrics.jsonl", lambda part: part.write_text(text))
         os.environ.setdefault("WANDB_SILENT", "true")
