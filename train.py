@@ -640,7 +640,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto
 table, .pictures { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px }
 td, th { padding: .2rem .6rem; text-align: right; vertical-align: top; border-top: 1px solid #8884 }
 .run { columns: 18rem; font-size: 13px; overflow-wrap: anywhere; margin-bottom: 1rem }
-.texts { text-align: left; white-space: pre-wrap; min-width: 24rem }
+.texts { text-align: left; white-space: pre-wrap; min-width: 16rem }
 mark { background: rgb(255 140 0 / var(--a)); color: inherit }"""
 
 
@@ -678,7 +678,7 @@ def examples(data, f, decode):
         around = list(enumerate(data.docs[doc]))[max(0, pos - 16) : pos + 9]
         tokens = [(html.escape(decode([i]).replace("\n", "↵")), share.get((doc, at), 0)) for at, i in around]
         lines.append("".join(f'<mark style="--a:{a:.2f}">{token}</mark>' for token, a in tokens))
-    return '<div class="texts">' + "\n".join(lines) + "</div>"
+    return f'<div class="texts">{"<br>".join(lines)}</div>'
 
 
 @torch.no_grad()
@@ -720,9 +720,9 @@ def report(model, data, config, log, row, frequency, codes):
         decode, safe = str, dict(local_files_only=True, trust_remote_code=False)  # a stranger's name
         with contextlib.suppress(Exception):  # of many kinds; ids are shown then
             decode = AutoTokenizer.from_pretrained(data.meta["tokenizer"], **safe).decode
-        for title, latents in lists.items():
+        for latents in lists.values():
             f = torch.cat([code.to_dense()[:, latents.index] for code in codes])
-            lists[title] = latents.assign(texts=[examples(data, f_j, decode) for f_j in f.T])
+            latents.insert(0, "texts", [examples(data, f_j, decode) for f_j in f.T])
     shown = ("base", "finetuned", "hooks", "data", "variant", "basis", "k")
     facts = {key: value for key, value in (data.meta | config).items() if key in shown}
     facts |= {key: f"{value:.4g}" for key, value in row.items()}
@@ -870,7 +870,8 @@ def train(config, checkpoint=None):
         l1_coeff, lr = config["l1_coeff"] * warmup_factor(step, config), scheduler.get_last_lr()[0]
         auto = device.type == "cpu" and model.l0 < 0.04 * config["d_hidden"]  # where the two cost the same
         sparse = auto if config["sparse"] == "auto" else config["sparse"] == "True"
-        model.spare = [p.grad.flatten(1) for p in (model.W_enc, model.W_dec) if p.grad is not None]
+        weights = (model.W_enc, model.W_dec) if sparse else ()
+        model.spare = [p.grad.flatten(1) for p in weights if p.grad is not None]
         optimizer.zero_grad()
         losses = model.losses(x, l1_coeff, **terms, sparse=sparse)
         losses["loss"].backward()
