@@ -55,13 +55,13 @@ config = dict(
     skip_positions=1,  # positions at the start of each text to drop: the first is an attention sink
     max_norm_ratio=10.0,  # drop tokens whose norm is over so many times the median, in either model
     # system
-    out_dir="acts",
+    out_dir="acts",  # folder of the store
     texts_per_batch=8,  # rows of a forward pass
     shuffle_rows=100_000,  # tokens per process that are shuffled together, and written at once
     dtype="float32",  # of the models: float32, bfloat16 or float16
     device="auto",  # auto (cuda if there is one), cpu, cuda or cuda:1
     trust_remote_code=False,  # run code that comes with the models
-    seed=0,
+    seed=0,  # of the order of the rows
 )
 allowed = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
 allowed |= dict.fromkeys(["n_tokens", "seq_len", "texts_per_batch", "shuffle_rows"], range(1, 10**15))

@@ -57,7 +57,7 @@ config = dict(
     log_every=50,  # steps between rows of metrics
     eval_every=500,  # steps between validations; 0: only at the end
     wandb_mode="offline",  # offline, online or disabled
-    wandb_project="crosscoder",
+    wandb_project="crosscoder",  # name of the project there
     ce_eval=False,  # with the report: how much of each model's cross-entropy the reconstruction recovers
     # data
     data="toy",  # toy, stream (harvest while training; takes collect.py's keys too), or a store's path
@@ -74,17 +74,17 @@ config = dict(
     k_aux=64,  # dead latents per token that the auxiliary loss uses
     dead_after=0,  # tokens without firing that make a latent dead; 0: 5% of the run's, at most 10 million
     # optimiser
-    steps=1500,
+    steps=1500,  # batches to train on
     lr=0.0,  # peak learning rate; 0: 3e-3 * sqrt(512 / d_hidden)
     warmup=0.05,  # share of the steps in which lr and l1_coeff rise to their values
     decay=0.2,  # share of the steps, the last ones, in which lr falls to 0
-    beta1=0.9,
-    beta2=0.999,
+    beta1=0.9,  # Adam's decay of the mean of the gradient
+    beta2=0.999,  # and of its square
     grad_clip=1.0,  # largest norm of the gradient; 0: any
     # system
     device="auto",  # auto (cuda if there is one), cpu, cuda or cuda:1
     sparse="auto",  # exact sparse step: True, False, or auto (on the CPU, once few latents are active)
-    seed=0,
+    seed=0,  # of the first weights, the order of the rows and the toy
 )
 allowed = dict(variant=["vanilla", "topk", "batchtopk"], basis=["plain", "delta"])
 allowed |= dict(wandb_mode=["offline", "online", "disabled"], sparse=["auto", "True", "False"])
@@ -404,9 +404,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             fail("nothing to explain: A or B (or B - A) is the same in every row, or too large for float32")
         self.b_dec.copy_(all_mean(y.mean(0)))
         self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
-        if self.variant == "batchtopk":
-            score = ((self.product(y[:32].flatten(1)) + self.b_enc) * self.decoder_norm()).flatten()
-            self.smallest.copy_(all_mean(score.topk(min(32 * self.k, len(score))).values[-1]))
+        some = y[:32].flatten(1)  # by which batchtopk knows where to look first: not at half of all scores
+        self.pick(lambda: self.products(some), len(some), self.decoder_norm())
 
     def scaled(self, x):
         """Raw activations [batch, n_models, d_model] of any float type -> those the parameters are of."""
@@ -448,9 +447,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def decode(self, f):
         """f [batch, d_hidden] -> raw activations [batch, n_models, d_model]."""
-        return self.unscaled(
-            einsum(f, self.W_dec, "batch latent, latent model d -> batch model d") + self.b_dec
-        )
+        x_hat = einsum(f, self.W_dec, "batch latent, latent model d -> batch model d") + self.b_dec
+        return self.unscaled(x_hat)
 
     def forward(self, x):
         """Raw activations -> reconstructed ones, [batch, n_models, d_model]."""
@@ -522,10 +520,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             n_rows, weights = batch * (2 if aux else 1), (W_enc, self.b_enc, W_dec)
             f, x_hat = SparseDecode.apply(x, *weights, row, col, f, n_rows, self.spare)
             (x_hat, *e_hat), code = x_hat.view(-1, *x.shape).unbind(), (row[:n], col[:n], f[:n])
-            fired, mass = (
-                col[:n].bincount(minlength=len(norm)),
-                torch.zeros_like(norm).index_add(0, col[:n], f[:n]),
-            )
+            fired = code[1].bincount(minlength=len(norm))
+            mass = torch.zeros_like(norm).index_add(0, code[1], code[2])
         else:
             product = self.product(x)
             code = f = self.dense_code(product, norm)
@@ -863,7 +859,6 @@ def train(config, checkpoint=None):
     data, model, optimizer, scheduler = build(config, state, device)
     start, steps, batch_size = state["step"], config["steps"], config["batch_size"]
     log = Log(config, state) if rank == 0 else None
-    terms = {key: config[key] for key in ("aux_coeff", "k_aux", "dead_after")}
     logged_at, logged_step, found = time.perf_counter(), start, None
 
     for step, x in prefetched(data, range(start, steps), device):
@@ -873,7 +868,7 @@ def train(config, checkpoint=None):
         weights = (model.W_enc, model.W_dec) if sparse else ()
         model.spare = [p.grad.flatten(1) for p in weights if p.grad is not None]
         optimizer.zero_grad()
-        losses = model.losses(x, l1_coeff, **terms, sparse=sparse)
+        losses = model.losses(x, l1_coeff, config["aux_coeff"], config["k_aux"], config["dead_after"], sparse)
         losses["loss"].backward()
         for p in model.parameters():  # all are ready at once: there is nothing to overlap this with
             all_mean(p.grad)
