@@ -822,6 +822,7 @@ class Log:
 
 def build(config, state, device):
     """The data, and a crosscoder with its optimiser and schedule, new or as the state of a run has them."""
+    torch.manual_seed(config["seed"])
     if config["data"] == "stream":
         from collect import Stream
 
@@ -852,9 +853,8 @@ def train(config, checkpoint=None):
     """Trains by the config, from the checkpoint if one is given, and returns the crosscoder, in eval mode."""
     warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.manual_seed(config["seed"])
-    device, new = set_up(config), dict(step=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
-    state = checkpoint or new
+    device = set_up(config)
+    state = checkpoint or dict(step=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
     config, rank = resolve(config), world()[0]
     data, model, optimizer, scheduler = build(config, state, device)
     start, steps, batch_size = state["step"], config["steps"], config["batch_size"]
