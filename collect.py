@@ -142,8 +142,8 @@ def loss_recovered(crosscoder, data, n_docs=16):
     """
     device = crosscoder.scale.device
     config = data.meta | dict(trust_remote_code=False, device=str(device))
-    pair = zip(("base", "finetuned"), data.meta["hooks"])
-    models = [(NNsight(load(key, config)[0]), hook) for key, hook in pair]
+    hooks = zip(("base", "finetuned"), data.meta["hooks"])
+    models = [(NNsight(load(key, config)[0]), hook) for key, hook in hooks]
     sums, n_targets = torch.zeros(2, 3), 0
     for doc in np.unique(data.doc[data.n_train :])[:n_docs]:
         ids = torch.tensor([data.docs[int(doc)]], device=device)

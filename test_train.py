@@ -889,8 +889,8 @@ def test_the_same_model_twice_has_no_exclusive_latents_and_no_difference(capsys)
         shown = capsys.readouterr().out
         with capsys.disabled():
             print(f"\n{variant}:", next(line for line in shown.splitlines() if "are alive" in line))
-        assert variant == "vanilla" or "0 base-only, 0 fine-tuned-only\n" in shown
-    assert "nothing to explain" in error_of(capsys, run, *options, "--basis=delta")
+        assert variant == "vanilla" or "0 base-only, 0 fine-tuned-only" in shown and "no exclusive" in shown
+    assert "nothing changed" in error_of(capsys, run, *options, "--basis=delta")
 
 
 def test_the_report_shows_the_texts_of_a_store_escaped_and_is_made_again_without_training(pairs):
@@ -1227,7 +1227,12 @@ def damaged(kind):
     if kind == "meta":
         Path("acts/meta.json").write_text('{"scale": [1')
     if "scale" in kind or "docs" in kind:
-        scales = {"one scale": [1], "scale of nan": [1, float("nan")], "scale of words": ["a", "b"]}
+        scales = {
+            "one scale": [1],
+            "scale of nan": [1, float("nan")],
+            "scale under 0": [1, -1],
+            "scale of words": ["a", "b"],
+        }
         meta = {} if kind == "no scale" else dict(scale=scales.get(kind, [1, 1]))
         Path("acts/meta.json").write_text(json.dumps(meta))
         write_store("acts", x, doc=np.arange(500), pos=np.arange(500))
@@ -1253,7 +1258,8 @@ def damaged(kind):
         ("meta", "delimiter"),
         ("no scale", "'scale'"),
         ("one scale", "scale is [1]"),
-        ("scale of nan", "nothing to explain"),
+        ("scale of nan", "scale is [1, nan]"),
+        ("scale under 0", "scale is [1, -1]"),
         ("constant", "nothing to explain"),
         ("huge", "nothing to explain"),
         ("scale of words", "too many dimensions 'str'"),

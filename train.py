@@ -264,7 +264,7 @@ class Store:
                 self.docs = load_from_disk(path / "docs")["input_ids"]
                 self.doc, self.pos = (stored[0].data.column(name).to_numpy() for name in ("doc", "pos"))
                 self.scale = torch.tensor(self.meta["scale"], dtype=torch.float)
-                if self.scale.shape != (2,) or self.doc.max() >= len(self.docs):
+                if self.scale.shape != (2,) or not (self.scale > 0).all() or self.doc.max() >= len(self.docs):
                     raise ValueError(f"docs has {len(self.docs)} rows, scale is {self.meta['scale']}")
             else:
                 x = self.read(np.linspace(0, self.n_train - 1, min(self.n_train, 65536)).astype(int))
@@ -401,7 +401,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             self.mix[1:, 0], self.mix[1:, 1:] = -1 / size, (1 / size).diag()
         y = self.scaled(x)
         if not (y.var(0).sum(-1) > 1e-9 * y.square().sum(-1).mean(0)).all():  # nor if it is nan
-            fail("nothing to explain: A or B (or B - A) is the same in every row, or too large for float32")
+            fail("nothing to explain: A or B is alike in every row or too large, or nothing changed (B - A)")
         self.b_dec.copy_(all_mean(y.mean(0)))
         self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
         some = y[:32].flatten(1)  # by which batchtopk knows where to look first: not at half of all scores
@@ -491,7 +491,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         for share in (0.9, 0.5, 0.0):
             best, aux = self.entries(products, norm, share * self.smallest, dead, k_aux)
             own_score = best[2] * norm[best[1]]
-            score = torch.cat(gather(own_score.cpu())).to(norm.device)
+            mine = own_score.cpu() if world()[1] > 1 else own_score
+            score = torch.cat(gather(mine)).to(norm.device)
             if len(score) >= n_keep:
                 break
         if len(score):
@@ -702,8 +703,8 @@ def report(model, data, config, log, row, frequency, codes):
     (base, finetuned), shared = one_sided(table.relative_norm), table.relative_norm.between(0.4, 0.6)
     verdict = f"of {len(frequency):,} latents {len(table):,} are alive: {shared.sum():,} shared, "
     verdict += f"{base.sum():,} base-only, {finetuned.sum():,} fine-tuned-only"
-    if "confirmed" in table:
-        verdict += f", {(table.confirmed == 'yes').sum():,} of them confirmed"
+    n_confirmed = (table.confirmed == "yes").sum() if "confirmed" in table else None
+    verdict += ": no exclusive latents" if n_confirmed is None else f", {n_confirmed:,} of them confirmed"
     often = table.frequency >= min(20 / config["val_tokens"], 0.01)
     lists = {
         "Fine-tuned-only latents, confirmed first": table[finetuned],
@@ -712,15 +713,19 @@ def report(model, data, config, log, row, frequency, codes):
         "Shared latents that rotated most": table[often & shared].sort_values("cosine"),
     }
     lists = {title: latents.head(20).dropna(axis=1) for title, latents in lists.items() if len(latents)}
-    if data.docs:
+    if data.docs and lists:
         decode, safe = str, dict(local_files_only=True, trust_remote_code=False)  # a stranger's name
         with contextlib.suppress(Exception):  # of many kinds; ids are shown then
             decode = AutoTokenizer.from_pretrained(data.meta["tokenizer"], **safe).decode
+        shown = pd.concat(
+            lists.values()
+        ).index.unique()  # one pass over the codes, for the latents of all lists
+        f = torch.cat([code.to_dense()[:, shown] for code in codes])
+        texts = dict(zip(shown, (examples(data, f_j, decode) for f_j in f.T)))
         for latents in lists.values():
-            f = torch.cat([code.to_dense()[:, latents.index] for code in codes])
-            latents.insert(0, "texts", [examples(data, f_j, decode) for f_j in f.T])
-    shown = ("base", "finetuned", "hooks", "data", "variant", "basis", "k")
-    facts = {key: value for key, value in (data.meta | config).items() if key in shown}
+            latents.insert(0, "texts", latents.index.map(texts))
+    names = ("base", "finetuned", "hooks", "data", "variant", "basis", "k")
+    facts = {key: value for key, value in (data.meta | config).items() if key in names}
     facts |= {key: f"{value:.4g}" for key, value in row.items()}
     page = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>What fine-tuning changed</title>']
     page += ['<meta name="viewport" content="width=device-width">', f"<style>{STYLE}</style>"]
@@ -792,7 +797,8 @@ class Log:
         name = config["out_dir"] or f"out/{Path(config['data']).name}-{config['variant']}-{when}"
         self.out = out = Path(name)
         if not config["resume"] and (out / "metrics.jsonl").exists():
-            fail(f"--out_dir={out} already holds a run: --resume=True goes on with it; or give another name")
+            go_on = "go on with it by --resume=True" if (out / "checkpoint.pt").exists() else "delete it"
+            fail(f"--out_dir={out} already holds a run: {go_on}, or give another name")
         out.mkdir(parents=True, exist_ok=True)
         config["out_dir"], self.rows, self.has_wandb = str(out), state["rows"], True
         print("\n".join(f"{key} = {value!r}" for key, value in config.items()))
