@@ -14,28 +14,31 @@ What is not finished is in OUT.building, itself a store of the shards so far; th
 `train.py --data=stream` trains on the same rows without a disk.
 """
 
-import importlib.metadata
+import contextlib
+import html
 import itertools
 import json
-import math
 import os
 import shutil
 import sys
 from collections import Counter
 from difflib import get_close_matches
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, load_dataset, load_from_disk
 from nnsight import NNsight
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from train import all_mean, fail, first_line, gather, read_command_line, set_up, world, write_atomically
+from train import explain, fail, read_command_line, set_up, world, write_atomically
 
 # --- Config -------------------------------------------------------------------------------------------------
 
@@ -59,7 +62,7 @@ config = dict(
     texts_per_batch=8,  # rows of a forward pass
     shuffle_rows=100_000,  # tokens per process that are shuffled together, and written at once
     dtype="float32",  # of the models: float32, bfloat16 or float16
-    device="auto",  # auto (cuda if there is one), cpu, cuda or cuda:1
+    device="auto",  # auto (cuda if there is one), cpu or cuda
     trust_remote_code=False,  # run code that comes with the models
     seed=0,  # of the order of the rows
 )
@@ -69,16 +72,13 @@ allowed |= dict.fromkeys(["n_tokens", "seq_len", "texts_per_batch", "shuffle_row
 # --- Models -------------------------------------------------------------------------------------------------
 
 
-def load(key, config):
+def load(key, config, device):
     """The model and the tokenizer of config[key]."""
-    if not config[key]:
-        fail(f"--{key} is missing: expected a path or a hub name")
+    fail(f"--{key} is missing: expected a path or a hub name", unless=config[key])
     remote = dict(trust_remote_code=config["trust_remote_code"])
-    try:
+    with explain(f"--{key}={config[key]} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(config[key], dtype=config["dtype"], **remote)
-        return model.eval().to(set_up(config)), AutoTokenizer.from_pretrained(config[key], **remote)
-    except Exception as e:  # of many kinds, for a name, a folder or a network that is not there
-        fail(f"--{key}={config[key]} cannot be loaded: {first_line(e)}")
+        return model.eval().to(device), AutoTokenizer.from_pretrained(config[key], **remote)
 
 
 def find_hook(model, config):
@@ -86,14 +86,13 @@ def find_hook(model, config):
     modules, hook = dict(model.named_modules()), config["hook"]
     if not hook:
         lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList)]
-        if not lists:
-            fail("the model has no list of blocks: give a module's path by --hook")
+        fail("the model has no list of blocks: give a module's path by --hook", unless=lists)
         blocks = max(lists, key=lambda path: sum(p.numel() for p in modules[path].parameters()))
-        if config["layer"] >= len(modules[blocks]):
-            fail(f"--layer={config['layer']}: the model has {len(modules[blocks])} layers, the first is 0")
-        hook = f"{blocks}.{config['layer']}" + (".mlp" if config["site"] == "mlp" else "")
-    if hook not in modules:
-        fail(f"the model has no module {hook}; near: {', '.join(get_close_matches(hook, modules, 3, 0))}")
+        layer, n = config["layer"], len(modules[blocks])
+        fail(f"--layer={layer}: the model has {n} layers, the first is 0", unless=layer < n)
+        hook = f"{blocks}.{layer}" + (".mlp" if config["site"] == "mlp" else "")
+    near = get_close_matches(hook, modules, 3, 0)
+    fail(f"the model has no module {hook}; near: {', '.join(near)}", unless=hook in modules)
     return hook
 
 
@@ -108,16 +107,15 @@ def activations(model, hook, input_ids, attention_mask):
     Output of the module `hook` of an NNsight model, [batch, position, d_model]. The forward pass ends there.
     input_ids and attention_mask [batch, position], padded on the right.
     """
-    try:
+    expected = f"--hook={hook} has no output [batch, position, d_model]"
+    with explain(expected):  # nnsight's own exceptions, for a module that is not called, such as a list
         module = model.get(hook)
         with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False) as tracer:
             out = module.output.save()
             tracer.stop()
-        if hidden(out).shape[:2] != input_ids.shape or hidden(out).ndim != 3:
-            raise ValueError(f"it gives {list(hidden(out).shape)} for texts {list(input_ids.shape)}")
-    except Exception as e:  # of nnsight's own, for a module that is not called, such as a list of blocks
-        fail(f"--hook={hook} has no output [batch, position, d_model]: {first_line(e)}")
-    return hidden(out)
+        out = hidden(out)
+    fail(f"{expected}, but {list(out.shape)}", unless=out.ndim == 3 and out.shape[:2] == input_ids.shape)
+    return out
 
 
 @torch.no_grad()
@@ -140,10 +138,9 @@ def loss_recovered(crosscoder, data, n_docs=16):
     (clean), with the crosscoder's reconstruction spliced in at the hook, and with 0 there; loss_recovered is
     (zero - spliced) / (zero - clean). Positions that the store left out, as the first, stay as they are.
     """
-    device = crosscoder.scale.device
-    config = data.meta | dict(trust_remote_code=False, device=str(device))
+    config, device = data.meta | dict(trust_remote_code=False), crosscoder.scale.device
     hooks = zip(("base", "finetuned"), data.meta["hooks"])
-    models = [(NNsight(load(key, config)[0]), hook) for key, hook in hooks]
+    models = [(NNsight(load(key, config, device)[0]), hook) for key, hook in hooks]
     sums, n_targets = torch.zeros(2, 3), 0
     for doc in np.unique(data.doc[data.n_train :])[:n_docs]:
         ids = torch.tensor([data.docs[int(doc)]], device=device)
@@ -165,14 +162,33 @@ def loss_recovered(crosscoder, data, n_docs=16):
 # --- Text ---------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def examples(crosscoder, data, latents):
+    """For each latent, HTML of the texts around five held-out tokens with the largest f, each of another."""
+    decode, safe = str, dict(local_files_only=True, trust_remote_code=False)  # a stranger's name
+    with contextlib.suppress(Exception):  # of many kinds; ids are shown then
+        decode = AutoTokenizer.from_pretrained(data.meta["tokenizer"], **safe).decode
+    index = pd.DataFrame(dict(doc=data.doc, pos=data.pos))[data.n_train :]
+    codes = [crosscoder.encode(x.to(crosscoder.scale.device))[:, latents].cpu() for x in data.validation()]
+    for f in torch.cat(codes).T.numpy():
+        rows = index.assign(f=f / f.max())[f > 0].sort_values("f", ascending=False, kind="stable")
+        share, lines = rows.set_index(["doc", "pos"]).f, []
+        for doc, pos in rows.drop_duplicates("doc")[["doc", "pos"]].head(5).to_numpy().tolist():
+            lines.append("")
+            for at, i in list(enumerate(data.docs[doc]))[max(0, pos - 16) : pos + 9]:
+                token, shade = html.escape(decode([i]).replace("\n", "↵")), share.get((doc, at), 0)
+                lines[-1] += f'<span style="background: rgb(255 140 0/{shade:.2f})">{token}</span>'
+        yield f'<div class="texts">{"<br>".join(lines)}</div>'
+
+
 def read_docs(config, tokenizer, dropped):
     """
     (row of the source, ids) of its texts, those of over seq_len tokens in pieces. Long texts are tokenised
     10,000 characters at a time. Rows without text are counted in dropped.
     """
-    name, path, number = config["text"], Path(config["text"]), 0
+    name, path = config["text"], Path(config["text"])
     options = dict(truncation=True, max_length=config["seq_len"], return_overflowing_tokens=True)
-    try:
+    with explain(f"--text={name} cannot be read"):
         if path.is_file():
             suffix = name.lower().removesuffix(".gz").rpartition(".")[2]
             kind = dict(txt="text", csv="csv", parquet="parquet").get(suffix, "json")
@@ -183,23 +199,20 @@ def read_docs(config, tokenizer, dropped):
         else:
             rows = load_dataset(name, split=config["split"], streaming=True)
         for number, row in enumerate(rows):
+            where = f"--text={name}: row {number}"
             column = config["text_column"] or ("text" if "text" in row else "messages")
-            if column not in row:
-                raise ValueError(f"no column {column}, but {', '.join(row)}: say which by --text_column")
+            fail(f"{where} has no {column}, but {', '.join(row)}: give a --text_column", unless=column in row)
             text, is_chat = row[column], isinstance(row[column], list)
             if not text:
                 dropped["empty_text"] += 1
                 continue
-            if is_chat:
-                text = tokenizer.apply_chat_template(text, tokenize=False)
-            if not isinstance(text, str):
-                raise ValueError(f"expected a text or a list of messages, found {text!r:.50}")
+            with explain(where):
+                text = tokenizer.apply_chat_template(text, tokenize=False) if is_chat else text
+            fail(f"{where} is neither a text nor messages: {text!r:.50}", unless=isinstance(text, str))
             for start in range(0, len(text), 10_000):
                 part = [text[start : start + 10_000]]
                 pieces = tokenizer(part, add_special_tokens=not is_chat, **options)["input_ids"]
                 yield from ((number, ids) for ids in pieces if ids)
-    except Exception as e:  # datasets and tokenizers raise many kinds for a name, a network, a file or a row
-        fail(f"--text={name} cannot be read at row {number}: {first_line(e)}")
 
 
 # --- Harvest ------------------------------------------------------------------------------------------------
@@ -209,38 +222,32 @@ class Harvest:
     """The activations of both models on the same tokens, less those that none should learn from."""
 
     def __init__(self, config):
-        self.device, self.bar, self.nothing = set_up(config), tqdm(disable=True), []
-        pair = [load(key, config) for key in ("base", "finetuned")]
+        self.device, self.bar, self.nothing = set_up(config["device"]), tqdm(disable=True), []
+        pair = [load(key, config, self.device) for key in ("base", "finetuned")]
         self.hooks = [find_hook(model, config) for model, _ in pair]
         self.models = [NNsight(model) for model, _ in pair]
-        base_tokenizer, self.tokenizer = (tokenizer for _, tokenizer in pair)
-        longest = min(getattr(model.config, "max_position_embeddings", math.inf) for model, _ in pair)
+        longest = min(getattr(model.config, "max_position_embeddings", 10**9) for model, _ in pair)
         if longest < config["seq_len"]:
             print(f"--seq_len={longest} is used: the models have no more positions", file=sys.stderr)
         self.config = config | dict(seq_len=min(config["seq_len"], longest))
+        ids_of_base, self.tokenizer = pair[0][1].get_vocab(), pair[1][1]
+        differ = [t for t, i in self.tokenizer.get_vocab().items() if ids_of_base.get(t, i) != i]
+        fail(
+            f"the two models have different vocabularies: {', '.join(sorted(differ)[:5])}", unless=not differ
+        )
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.special = torch.tensor(sorted(special.union(self.tokenizer.all_special_ids)), dtype=torch.long)
-        base_tokenizer.chat_template = self.tokenizer.chat_template
-        few = lambda: 4096  # tokens
-        first, first_of_base = (next(self.shards(few, t), []) for t in (self.tokenizer, base_tokenizer))
-        for (text, ids), (_, ids_of_base) in zip(first, first_of_base):
-            if ids != ids_of_base:
-                said = f"{ids_of_base[:8]}... in base and {ids[:8]}... in finetuned"
-                fail(f"the two models have different vocabularies: text {text} is {said}")
         self.largest_norm = torch.full((2,), torch.inf)
-        for docs in self.shards(few, self.tokenizer):  # until there is a token to take the median by
-            rows, _ = self.run(docs)
-            if len(rows["norm"]):
-                break
-        else:
-            fail(f"--text={config['text']}: no token of its texts is left")
+        runs = (self.run(docs)[0] for docs in self.shards(lambda: 4096))
+        rows = next((rows for rows in runs if len(rows["norm"])), None)  # to take the median by
+        fail(f"--text={config['text']}: no token of its texts is left", unless=rows)
         self.largest_norm = config["max_norm_ratio"] * rows["norm"].median(dim=0).values
         self.nothing, self.d_model = [{name: y[:0] for name, y in rows.items()}], rows["x"].shape[2]
 
-    def shards(self, size, tokenizer, first_doc=0):
+    def shards(self, size, first_doc=0):
         """From that doc on, lists of docs (text, ids) of size() tokens or just over, in the end of less."""
         self.empty, shard, n = Counter(), [], 0  # rows without a text, counted from the first
-        for doc in itertools.islice(read_docs(self.config, tokenizer, self.empty), first_doc, None):
+        for doc in itertools.islice(read_docs(self.config, self.tokenizer, self.empty), first_doc, None):
             shard.append(doc)
             n += len(doc[1])
             if n >= size():
@@ -265,8 +272,8 @@ class Harvest:
             mask = pos < torch.tensor([len(text) for text in texts])[:, None]
             inputs = ids.to(self.device), mask.long().to(self.device)
             outs = [activations(*pair, *inputs).float().cpu() for pair in zip(self.models, self.hooks)]
-            if outs[0].shape != outs[1].shape:
-                fail(f"d_model is {outs[0].shape[-1]} in base and {outs[1].shape[-1]} in finetuned")
+            shapes = [list(out.shape) for out in outs]
+            fail(f"base and finetuned give {shapes[0]} and {shapes[1]}", unless=shapes[0] == shapes[1])
             x = torch.stack(outs, dim=2)  # [batch, position, model, d_model]
             norm, keep = x.norm(dim=-1), torch.ones_like(mask)
             reasons = dict(
@@ -280,10 +287,9 @@ class Harvest:
                 dropped[reason] += (keep & drop).sum().item()
                 keep &= ~drop
             doc = torch.tensor(numbers)[:, None].expand_as(ids)
-            columns = dict(x=x, norm=norm, token=ids, doc=doc, pos=pos)
-            rows = {name: column[keep] for name, column in columns.items()}
-            parts.append(rows | dict(x=rows["x"].half()))
-            self.bar.update(len(rows["pos"]))
+            columns = dict(x=x.half(), norm=norm, token=ids, doc=doc, pos=pos)
+            parts.append({name: column[keep] for name, column in columns.items()})
+            self.bar.update(keep.sum().item())
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, dropped
 
 
@@ -298,21 +304,14 @@ class Stream:
         self.rows = torch.empty(0, self.n_models, self.d_model, dtype=torch.half)
         self.shards = self.read(texts_read)
         self.held_out = self.take(config["val_tokens"])
-        mean = self.rows.float().norm(dim=-1).double().mean(0)
-        self.scale = (self.d_model**0.5 / all_mean(mean)).float()
 
     def read(self, first_doc):
         """The shards of this process, from that doc on; those of all texts again when they end."""
-        size = lambda: self.config["shuffle_rows"] * world()[1]
         while True:
-            self.texts_read, found = first_doc, 0
-            for docs in self.harvest.shards(size, self.harvest.tokenizer, first_doc):
+            self.texts_read = first_doc
+            for docs in self.harvest.shards(lambda: self.config["shuffle_rows"] * world()[1], first_doc):
                 self.texts_read += len(docs)
-                x = self.harvest.run(docs, 0, *world())[0]["x"]
-                found += len(x)
-                yield x
-            if not found and not first_doc:
-                fail(f"--text={self.config['text']} has too few texts for {world()[1]} processes")
+                yield self.harvest.run(docs, 0, *world())[0]["x"]
             print(f"all {self.texts_read} texts are read: they come again", file=sys.stderr)
             first_doc = 0
 
@@ -340,15 +339,13 @@ def write_arrow(table, path):
 
 
 def write_shard(building, name, tables):
-    """A file of that name in each of the folders of the store, or, if one cannot be written, in none."""
-    try:
-        for folder, table in tables.items():
-            (building / folder).mkdir(exist_ok=True)
-            write_atomically(building / folder / name, partial(write_arrow, pa.table(table)))
-    except SystemExit:
-        for folder in tables:
-            (building / folder / name).unlink(missing_ok=True)  # to leave room
-        raise
+    """A file of that name in each of the folders of the store or, to leave room, in none if one fails."""
+    with contextlib.ExitStack() as undo:
+        for path, table in ((building / folder / name, table) for folder, table in tables.items()):
+            path.parent.mkdir(exist_ok=True)
+            undo.callback(path.unlink, missing_ok=True)
+            write_atomically(path, partial(write_arrow, pa.table(table)))
+        undo.pop_all()
 
 
 def list_files(folder):
@@ -367,47 +364,42 @@ def collect(config):
     the docs of the next shuffle_rows tokens for each process, of which each runs its share. All that is known
     of those that are done is in the building folder's meta.json.
     """
-    set_up(config)
+    set_up(config["device"])
     (rank, n_processes), out = world(), Path(config["out_dir"])
-    if out.exists():
-        fail(f"--out_dir={out} exists already: give another name")
+    fail(f"--out_dir={out} exists already: give another name", unless=not out.exists())
     building, same = out.with_name(out.name + ".building"), config | dict(processes=n_processes)
     meta = same | dict(shards=0, docs=0, tokens=0, counts={}, tokenizer=config["finetuned"])
     if (building / "meta.json").exists():
         meta = json.loads((building / "meta.json").read_text())
-        if meta != meta | same:
-            fail(f"{building} is of other arguments: delete it, or give another --out_dir")
+        fail(f"{building} is of other arguments: delete it or give another", unless=meta == meta | same)
     harvest = Harvest(config)
     need = (config["n_tokens"] - meta["tokens"]) * 2 * (2 * harvest.d_model + 12)  # bytes
     free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
-    if need > free:
-        fail(f"--n_tokens={config['n_tokens']} takes {need / 1e9:.1f} GB more; free: {free / 1e9:.1f} GB")
+    fail(f"--n_tokens takes {need / 1e9:.1f} GB more; free: {free / 1e9:.1f} GB", unless=need <= free)
     building.mkdir(parents=True, exist_ok=True)
-    names = ("torch", "transformers", "nnsight", "datasets")
-    versions = {name: importlib.metadata.version(name) for name in names}
+    versions = {name: version(name) for name in ("torch", "transformers", "nnsight", "datasets")}
     meta |= dict(hooks=harvest.hooks, d_model=harvest.d_model, versions=versions)
     total, done = config["n_tokens"] // n_processes, meta["tokens"] // n_processes
     harvest.bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, disable=rank > 0)
     size = lambda: min(config["shuffle_rows"] * n_processes, config["n_tokens"] - meta["tokens"])
-    shards = harvest.shards(size, harvest.tokenizer, meta["docs"])
+    shards = harvest.shards(size, meta["docs"])
     while meta["tokens"] < config["n_tokens"] and (docs := next(shards, None)):
         meta = add_shard(harvest, building, docs, meta)
     harvest.bar.close()
     if rank == 0:
         os.replace(building, out)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        print(f"{out}: {meta['tokens']} tokens, {size / 1e9:.2f} GB, of {harvest.hooks[0]}")
-        print("dropped:", ", ".join(f"{count} {reason}" for reason, count in meta["dropped"].items()))
-        print("scale:", ", ".join(f"{y:.5g}" for y in meta["scale"]))
-        if meta["tokens"] < config["n_tokens"]:
-            print(f"the texts ended before --n_tokens={config['n_tokens']}")
+        print(
+            f"{out}: {meta['tokens']} of {meta['n_tokens']} tokens, {size / 1e9:.2f} GB, of {harvest.hooks[0]}"
+        )
+        print(f"dropped: {meta['dropped']}\nscale: {meta['scale']}")
 
 
 def add_shard(harvest, building, docs, meta):
     """Runs this process's share of the docs, writes what is kept of it, and returns the next meta.json."""
     (rank, n_processes), shard = world(), meta["shards"]
     rows, dropped = harvest.run(docs, meta["docs"], rank, n_processes)
-    before = meta["tokens"] + sum(gather(len(rows["pos"]))[:rank])
+    before = meta["tokens"] + sum(gather_object([len(rows["pos"])])[:rank])
     kept = min(len(rows["pos"]), max(0, meta["n_tokens"] - before))
     order = np.random.default_rng([meta["seed"], rank, shard]).permutation(len(rows["pos"]))[:kept]
     rows = {name: column[order] for name, column in rows.items()}
@@ -419,7 +411,7 @@ def add_shard(harvest, building, docs, meta):
         tables["docs"] = dict(input_ids=[ids for _, ids in docs], text=[text for text, _ in docs])
     write_shard(building, f"data-{shard:05d}-{rank:03d}.arrow", tables)
     norms = dict(zip(("norm_base", "norm_finetuned"), rows["norm"].double().sum(0).tolist()))
-    counts = sum(gather(Counter(tokens=kept, **norms, **dropped)), Counter(meta["counts"]))
+    counts = sum(gather_object([Counter(tokens=kept, **norms, **dropped)]), Counter(meta["counts"]))
     meta |= dict(shards=shard + 1, docs=meta["docs"] + len(docs), counts=counts, tokens=counts["tokens"])
     meta["dropped"] = {reason: counts[reason] for reason in dropped} | harvest.empty
     meta["scale"] = [harvest.d_model**0.5 * counts["tokens"] / (counts[name] or 1) for name in norms]
@@ -431,10 +423,5 @@ def add_shard(harvest, building, docs, meta):
 
 
 if __name__ == "__main__":
-    try:
+    with explain("stopped: the same command goes on", (OSError, KeyboardInterrupt)):
         collect(config | read_command_line(config, allowed, sys.argv[1:], __file__))
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on where the last finished shard ends", file=sys.stderr)
-        raise SystemExit(130) from None
-    except OSError as e:  # of a disk or a folder
-        fail(f"{e}. The same command goes on where the last finished shard ends")

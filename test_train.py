@@ -62,6 +62,18 @@ def error_of(capsys, function, *args):
     return lines[0]
 
 
+def killed():
+    raise KeyboardInterrupt
+
+
+class Shape(tuple):
+    """A shape whose first length counts as `size` times as large where it is multiplied: for `train.matrix`."""
+
+    def __new__(cls, shape, size):
+        first = type("Length", (int,), dict(__rmul__=lambda self, other: other * int(self) * size))
+        return super().__new__(cls, (first(shape[0]), *shape[1:]))
+
+
 def metrics(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
@@ -96,6 +108,10 @@ def crosscoder(variant, d_hidden=40, k=3, n_models=2, d_model=8, basis="plain"):
         mix = model.scale.diag() if basis == "plain" else torch.tensor([[0.5, 0.0], [-3.0, 3.0]])
         model.mix.copy_(mix)
     return model
+
+
+def pre_activations(model, x):
+    return torch.einsum("bmd,hmd->bh", model.scaled(x), model.W_enc) + model.b_enc
 
 
 def with_dead(model, dead):
@@ -149,7 +165,9 @@ def test_losses_of_one_token_by_hand():
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("n_dead", [0, 3, 12])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_losses_and_gradients_equal_plain_dense_autograd(variant, n_dead, sparse):
+def test_losses_and_gradients_equal_plain_dense_autograd(variant, n_dead, sparse, monkeypatch):
+    real, size = train.matrix, 1e9 if sparse else 1e-9  # so that it is CSR, or dense
+    monkeypatch.setattr(train, "matrix", lambda *a: real(*a[:3], Shape(a[3], size)))
     model, x = crosscoder(variant), torch.randn(21, 2, 8).double()
     x[4] = 0  # a row in which no latent is active
     x[7] = x[6]  # ties
@@ -160,9 +178,7 @@ def test_losses_and_gradients_equal_plain_dense_autograd(variant, n_dead, sparse
     expected["loss"].backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    model.rows_at_once = 8  # so that the last rows are fewer
-    model.spare = [torch.full((40, 16), torch.nan).double() for _ in range(2)]  # memory of old gradients
-    losses = model.losses(x, **options, **with_dead(model, dead), sparse=sparse)
+    losses = model.losses(x, **options, **with_dead(model, dead))
     for name in ("loss", "l2_loss", "l1_loss", "aux_loss", "l0_loss"):
         assert losses[name].item() == pytest.approx(
             expected[name].item(), rel=1e-6 if name == "l0_loss" else 1e-12
@@ -192,9 +208,9 @@ def held_out(blocks):
 
 def picked(model, x, guess):
     model.smallest.fill_(guess)
-    products = lambda: model.products(model.scaled(x).flatten(1))
+    product = model.scaled(x).flatten(1) @ model.W_enc.flatten(1).T
     with torch.no_grad():
-        return model.pick(products, len(x), model.decoder_norm())[0]
+        return model.pick(lambda: product.split(7), model.decoder_norm(), model.since_fired[:0])[0]
 
 
 @pytest.mark.parametrize("guess", [0.0, 1e-3, 1.0, 50.0, 1e9])
@@ -224,7 +240,7 @@ def test_batchtopk_keeps_all_positive_ones_when_they_are_too_few():
 def test_topk_keeps_k_of_each_row_in_both_modes():
     model, x = crosscoder("topk"), torch.randn(50, 2, 8).double() + 3
     assert torch.equal(model.train().encode(x), model.eval().encode(x))
-    positive = F.relu(model.product((x * model.scale[:, None]).flatten(1)) + model.b_enc) > 0
+    positive = pre_activations(model, x) > 0
     assert torch.equal((model.encode(x) > 0).sum(1), positive.sum(1).clamp(max=3))
 
 
@@ -242,7 +258,7 @@ def test_inference_of_batchtopk_keeps_what_is_over_the_threshold_and_does_not_de
     model, x = crosscoder("batchtopk").eval(), torch.randn(30, 2, 8).double()
     model.threshold.fill_(0.8)
     f = model.encode(x)
-    score = F.relu(model.product((x * model.scale[:, None]).flatten(1)) + model.b_enc) * model.decoder_norm()
+    score = F.relu(pre_activations(model, x)) * model.decoder_norm()
     assert torch.equal(f > 0, score > 0.8) and 0 < (f > 0).sum() < (score > 0).sum()
     torch.testing.assert_close(torch.cat([model.encode(row[None]) for row in x]), f)
 
@@ -251,7 +267,7 @@ def test_validation_changes_neither_threshold_nor_guess_nor_mode():
     model = crosscoder("batchtopk").float()
     model.threshold.fill_(0.5)
     before = copy.deepcopy(model.state_dict())
-    row, frequency, _ = train.validate(model, held_out(torch.randn(100, 2, 8).split(32)), 0.0)
+    row, frequency = train.validate(model, held_out(torch.randn(100, 2, 8).split(32)), 0.0)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert row["l0_loss"] == pytest.approx(frequency.sum().item())
 
@@ -289,13 +305,13 @@ def test_explained_variance_is_a_ratio_of_sums_and_adds_up_over_batches(basis):
 
 
 def test_schedules_at_their_corner_steps():
-    config = dict(steps=100, warmup=0.1, decay=0.2)
-    lr = [train.lr_factor(step, config) for step in range(100)]
+    warm, lr = zip(*(train.schedule(step, dict(steps=200)) for step in range(201)))
     assert lr[0] == pytest.approx(0.1) and lr[8] == pytest.approx(0.9) and lr[9] == 1
-    assert lr[80] == 1 and lr[81] == pytest.approx(0.95) and lr[99] == pytest.approx(0.05)
-    assert train.lr_factor(100, config) == 0
-    assert [train.warmup_factor(step, config) for step in (0, 9, 99)] == [0.1, 1, 1]
-    assert train.lr_factor(0, dict(steps=3, warmup=0.0, decay=0.0)) == 1
+    assert (
+        lr[160] == 1 and lr[161] == pytest.approx(0.975) and lr[199] == pytest.approx(0.025) and lr[200] == 0
+    )
+    assert [warm[step] for step in (0, 9, 199)] == [0.1, 1, 1]
+    assert train.schedule(0, dict(steps=3)) == (1, 1)
 
 
 @pytest.mark.parametrize("basis", ["plain", "delta"])
@@ -320,8 +336,20 @@ def test_toy_is_a_function_of_seed_and_step_with_the_frequencies_it_says():
     assert not torch.equal(toy.batch(5), toy.batch(6))
     assert not torch.equal(toy.batch(5), train.Toy(config | dict(seed=4)).batch(5))
     assert toy.frequency.sum().item() == pytest.approx(28, rel=1e-4) and toy.frequency.max() < 1
-    mean_norm = (toy.rows(9, 8192) * toy.scale[:, None]).norm(dim=-1).mean(0)
-    torch.testing.assert_close(mean_norm, torch.full((2,), toy.d_model**0.5), rtol=0.01, atol=0)
+
+
+def test_a_new_model_scales_each_model_to_a_mean_norm_of_sqrt_d_model_and_the_difference_to_as_much():
+    toy = train.Toy(dict(seed=3, batch_size=4096))
+    for basis in ("plain", "delta"):
+        model = train.CrossCoder(2, toy.d_model, 64, basis=basis)
+        model.start_at(toy.batch(0))
+        x = toy.rows(9, 8192)
+        for y in (model.scaled(x), x * model.scale[:, None]):
+            torch.testing.assert_close(
+                y.norm(dim=-1).mean(0), torch.full((2,), toy.d_model**0.5), rtol=0.01, atol=0
+            )
+        model.start_at(x, [2.0, 3.0])
+        assert model.scale.tolist() == [2, 3], "what the store knows"
 
 
 def test_toy_score_counts_what_a_perfect_and_a_spoilt_dictionary_recover():
@@ -329,13 +357,19 @@ def test_toy_score_counts_what_a_perfect_and_a_spoilt_dictionary_recover():
     model = train.CrossCoder(2, toy.d_model, 256, "topk", 28)
     model.W_dec.data.copy_(toy.directions)
     alive = torch.full((256,), 28 / 256)
-    score = list(toy.score(model, alive))
-    assert [line.split()[1] for line in score[:3]] == ["192", "32", "32"] and score[3].startswith("0 of 64")
+    score = toy.score(model, train.compare(model, alive))
+    assert score.loc["shared"].tolist() == [192, 192, 192, 0]
+    assert score.loc["base-only"].tolist() == score.loc["fine-tuned-only"].tolist() == [32, 32, 32, 0]
     model.W_dec.data[200] = torch.stack([torch.randn(toy.d_model), torch.zeros(toy.d_model)])  # a false one
     alive[0] = 0
-    score = list(toy.score(model, alive))
-    assert [line.split()[1] for line in score[:3]] == ["191", "31", "32"] and score[3].startswith("1 of 64")
-    assert list(toy.score(model, alive / 5))[-1].startswith("5.6 latents are active in a token, and 28 pl")
+    score = toy.score(model, train.compare(model, alive))
+    assert score.columns.tolist() == ["planted", "recovered", "latents", "false"]
+    assert score.loc["shared"].tolist() == [192, 191, 191, 0] and score.loc["base-only"].tolist() == [
+        32,
+        31,
+        32,
+        1,
+    ]
 
 
 # --- Loader -------------------------------------------------------------------------------------------------
@@ -377,8 +411,6 @@ def test_rows_of_a_store_are_read_as_they_were_written_whatever_their_type():
         Dataset.from_dict(dict(activation=part.tolist())).save_to_disk(f"plain/{name}")
     store = train.Store(store_config(data="plain"))
     assert np.allclose(store.read(np.arange(300)).numpy(), x.transpose(1, 0, 2))
-    expected = 6**0.5 / np.linalg.norm(x[:, :250], axis=-1).mean(1)
-    assert np.allclose(store.scale.numpy(), expected, rtol=1e-5)
 
 
 def test_a_store_that_is_not_aligned_is_refused_and_says_where(capsys):
@@ -388,11 +420,12 @@ def test_a_store_that_is_not_aligned_is_refused_and_says_where(capsys):
     write_store("other", x, doc=other)
     Path("acts/finetuned").rename("gone")
     Path("other/finetuned").rename("acts/finetuned")
-    assert "doc first differs in row 123, 123 and 7" in error_of(capsys, run, "--data=acts")
+    assert "doc Mismatched elements: 1 / 500 (0.2%)" in (said := error_of(capsys, run, "--data=acts"))
+    assert "[123]: 123 (ACTUAL), 7 (DESIRED)" in said
     write_store("short", x[:, :400])
     Path("short/base").rename("away")
     Path("acts/base").rename("short/base")
-    assert "base has 500 rows, finetuned 400" in error_of(capsys, run, "--data=short")
+    assert "(shapes (500,), (400,) mismatch)" in error_of(capsys, run, "--data=short")
 
 
 def test_prefetched_batches_are_those_of_their_steps():
@@ -415,14 +448,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant):
 
     real_save, train.torch.save = torch.save, None
     try:
-        train.torch.save = lambda state, path: real_save(state, path) if state["step"] <= 20 else 1 / 0
-        with pytest.raises(ZeroDivisionError):
+        train.torch.save = lambda state, path: real_save(state, path) if state["step"] <= 20 else killed()
+        with pytest.raises(KeyboardInterrupt):
             run(*options, "--out_dir=cut")  # dies in the last save, ten steps after the one before
     finally:
         train.torch.save = real_save
     assert torch.load("cut/checkpoint.pt", weights_only=True)["step"] == 20
     train.main(["--resume=True", "--out_dir=cut"])
-    for part in ("model", "moments", "random_state"):
+    for part in ("model", "moments"):
         a, b = (torch.load(f"{out}/checkpoint.pt", weights_only=True)[part] for out in ("whole", "cut"))
         assert str(a) == str(b)
         if part == "model":
@@ -449,8 +482,7 @@ def test_wandb_offline_writes_its_run_into_the_run_folder():
 
 def test_saved_weights_load_with_from_pretrained_and_take_raw_activations():
     model = run("--steps=20", "--out_dir=out")
-    for folder in ("out", "out/crosscoder"):
-        loaded = train.CrossCoder.from_pretrained(folder)
+    loaded = train.CrossCoder.from_pretrained("out")
     x = train.Toy(dict(seed=0)).rows(1, 100)
     assert not loaded.training and loaded.variant == "batchtopk" and loaded.k == 4
     assert torch.equal(loaded(x), model(x)) and loaded.threshold > 0
@@ -481,7 +513,7 @@ def test_typing_the_same_command_twice_makes_two_runs_and_a_named_one_is_not_wri
         ("--resume=yes", "--resume"),
         ("--variant=gated", "batchtopk"),
         ("--k=49", "--d_hidden=48"),
-        ("--steps=0", "more than 0"),
+        ("--steps=0", "expected int in range(1"),
         ("--data=nowhere", "nowhere"),
         ("--resume=True", "--out_dir"),
         ("--device=meta", "--device=meta"),
@@ -587,9 +619,9 @@ def test_end_to_end_two_models_to_a_loaded_crosscoder(pairs, kind):
 
     run("--data=acts", "--out_dir=out", "--steps=150", "--val_tokens=200", "--k=8", "--eval_every=0")
     assert metrics("out")[-1]["val/explained_variance"] > 0.5
-    model, store = train.CrossCoder.from_pretrained("out/crosscoder"), train.Store(store_config())
+    model, store = train.CrossCoder.from_pretrained("out"), train.Store(store_config())
     x = store.read(np.arange(1300, 1500))
-    assert torch.allclose(model.scale, torch.tensor(meta["scale"]))
+    assert torch.equal(model.scale, torch.tensor(meta["scale"]))
     error = (model(x) - x).square().sum() / (x - x.mean(0)).square().sum()
     assert error < 0.5
 
@@ -633,10 +665,10 @@ def test_a_collection_that_was_cut_off_goes_on_and_ends_with_the_same_store(pair
 
     def dies_at_the_second(building, name, tables):
         written.append(name)
-        return real(building, name, tables) if len(written) != 2 else 1 / 0
+        return real(building, name, tables) if len(written) != 2 else killed()
 
     monkeypatch.setattr(collect, "write_shard", dies_at_the_second)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(KeyboardInterrupt):
         collect.collect(config | dict(out_dir="cut"))
     assert not Path("cut").exists(), "what is half-written is not taken for a store"
     building = train.Store(store_config(data="cut.building"))
@@ -669,7 +701,7 @@ def test_activations_stop_early_and_work_for_any_module_even_one_that_returns_a_
 
 def test_texts_come_from_every_kind_of_source(pairs):
     folder, texts = pairs["llama"]
-    tokenizer = collect.load("base", collect_config(folder))[1]
+    tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
     empty = collect.Counter()
     read = lambda text, **changes: list(
         collect.read_docs(collect_config(folder, text=text, **dict(seq_len=64) | changes), tokenizer, empty)
@@ -722,9 +754,9 @@ def test_a_stream_trains_and_its_batches_are_rows_of_both_models(pairs):
         (dict(text="no-such-org/no-such-text"), "--text=no-such-org/no-such-text"),
         (dict(text="empty.txt"), "empty.txt"),
         (dict(text="special.jsonl"), "no token"),
-        (dict(text="broken.jsonl"), "broken.jsonl cannot be read at row 3"),
-        (dict(text="numbers.jsonl"), "row 0: expected a text or a list of messages, found 1.5"),
-        (dict(text="objects.jsonl"), "row 0: expected a text or a list of messages, found {'a': 1}"),
+        (dict(text="broken.jsonl"), "broken.jsonl: row 3"),
+        (dict(text="numbers.jsonl"), "row 0 is neither a text nor messages: 1.5"),
+        (dict(text="objects.jsonl"), "row 0 is neither a text nor messages: {'a': 1}"),
         (dict(hook="model.layers"), "--hook=model.layers"),
         (dict(hook="model.rotary_emb"), "--hook=model.rotary_emb"),
         (dict(text_column="story"), "story"),
@@ -798,7 +830,7 @@ def test_models_with_different_vocabularies_are_refused_with_an_example(pairs, c
     vocab = tokens["model"]["vocab"]
     vocab["w1"], vocab["w2"] = vocab["w2"], vocab["w1"]
     Path("other/tokenizer.json").write_text(json.dumps(tokens))
-    assert "different vocabularies: text 0" in error_of(
+    assert "different vocabularies: w1, w2" in error_of(
         capsys, collect.collect, collect_config(folder, base="other")
     )
 
@@ -816,9 +848,7 @@ def test_the_scripts_run_from_another_folder_by_themselves(pairs):
     for command in (commands[0], commands[1] + small):
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert "explained_variance" in done.stdout and list(
-        Path("out").glob("acts-topk-*/crosscoder/model.safetensors")
-    )
+    assert "explained_variance" in done.stdout and list(Path("out").glob("acts-topk-*/model.safetensors"))
 
 
 # --- Report -------------------------------------------------------------------------------------------------
@@ -830,7 +860,7 @@ def test_latent_scaling_equals_a_least_squares_fit_of_every_latent(basis):
     model.threshold.fill_(0.8)
     x, latents = torch.randn(50, 2, 8).double(), torch.tensor([3, 11, 12, 39])
     blocks = x.split(20)
-    found = train.latent_scaling(model, blocks, train.validate(model, held_out(blocks), 0.0)[2], latents)
+    found = train.latent_scaling(model, blocks, latents)
     f, D = model.encode(x).detach().numpy(), model.in_models(model.W_dec).detach().numpy()
     x_hat = model.in_models(model.scaled(model(x))).detach().numpy()
     error = model.in_models(model.scaled(x)).numpy() - x_hat
@@ -870,8 +900,7 @@ def test_a_fine_tuning_that_adds_a_direction_to_some_tokens_is_found_and_confirm
     assert cosine.max() > 0.9
     assert 2 * (fires & planted).sum() / (fires.sum() + planted.sum()) > 0.9, "F1"
     store = train.Store(store_config(data="planted", val_tokens=1000))
-    codes = train.validate(model, store, 0.0)[2]
-    nu_r, nu_epsilon = train.latent_scaling(model, store.validation(), codes, j[None])
+    nu_r, nu_epsilon = train.latent_scaling(model, store.validation(), j[None])
     assert nu_r < 0.5 and nu_epsilon < 0.2, "confirmed"
     assert f"<td>{j}</td>" in Path("out/report.html").read_text()
 
@@ -890,7 +919,7 @@ def test_the_same_model_twice_has_no_exclusive_latents_and_no_difference(capsys)
         with capsys.disabled():
             print(f"\n{variant}:", next(line for line in shown.splitlines() if "are alive" in line))
         assert variant == "vanilla" or "0 base-only, 0 fine-tuned-only" in shown and "no exclusive" in shown
-    assert "nothing changed" in error_of(capsys, run, *options, "--basis=delta")
+    assert "B - A is 0" in error_of(capsys, run, *options, "--basis=delta")
 
 
 def test_the_report_shows_the_texts_of_a_store_escaped_and_is_made_again_without_training(pairs):
@@ -904,7 +933,7 @@ def test_the_report_shows_the_texts_of_a_store_escaped_and_is_made_again_without
     meta.write_text(json.dumps(json.loads(meta.read_text()) | dict(tokenizer="evil")))
     run("--data=acts", "--out_dir=out", "--steps=30", "--val_tokens=300", "--basis=delta", "--ce_eval=True")
     page, row = Path("out/report.html").read_text(), metrics("out")[-1]
-    assert "that changed most" in page and page.count('class="texts"') > 20 and page.count("<svg") == 1
+    assert page.count('class="texts"') > 20 and page.count("<svg") == 1
     fetched = re.findall(r"<script|<link|<img|@import|url\(['\"]?http|(?:src|href)=['\"]?http", page)
     assert not fetched, "nothing is fetched"
     assert "&lt;script&gt;7" in page
@@ -1017,7 +1046,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(capsys, monk
     with monkeypatch.context() as patch:
         patch.setattr(train.torch, "save", full)
         said = error_of(capsys, run, *options)
-    assert "No space left" in said and "Make room" in said and "checkpoint.pt" in said
+    assert "No space left" in said and "make room" in said and "checkpoint.pt" in said
     assert torch.load("out/checkpoint.pt", weights_only=True)["step"] == 10
     assert not list(Path("out").glob("*.part"))
     train.main(["--resume=True", "--out_dir=out"])
@@ -1025,23 +1054,22 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(capsys, monk
 
 
 def test_a_disk_that_is_full_when_the_weights_are_written_leaves_the_checkpoint(capsys, monkeypatch):
-    def full(self, folder):
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"half")
+    def full(state, path):
+        path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     run("--steps=10", "--out_dir=out", "--save_every=0")
-    before = Path("out/crosscoder/model.safetensors").read_bytes()
+    before = Path("out/model.safetensors").read_bytes()
     again = ["--resume=True", "--out_dir=out", "--steps=20"]
     with monkeypatch.context() as patch:
-        patch.setattr(train.CrossCoder, "save_pretrained", full)
+        patch.setattr(train, "save_file", full)
         said = error_of(capsys, train.main, again)
-    assert "No space left" in said and "out/crosscoder cannot be written" in said
+    assert "No space left" in said and "out/model.safetensors cannot be written" in said
     assert torch.load("out/checkpoint.pt", weights_only=True)["step"] == 20
-    assert Path("out/crosscoder/model.safetensors").read_bytes() == before
+    assert Path("out/model.safetensors").read_bytes() == before
     assert not list(Path("out").glob("*.part"))
     train.main(again)
-    assert Path("out/crosscoder/model.safetensors").read_bytes() != before
+    assert Path("out/model.safetensors").read_bytes() != before
 
 
 def test_models_that_cannot_be_spliced_into_cost_no_trained_weights(pairs, capsys):
@@ -1051,7 +1079,7 @@ def test_models_that_cannot_be_spliced_into_cost_no_trained_weights(pairs, capsy
     options = "--data=acts --out_dir=out --steps=10 --save_every=0 --ce_eval=True".split()
     assert "moved/away" in error_of(capsys, run, *options)
     assert torch.load("out/checkpoint.pt", weights_only=True)["step"] == 10
-    train.CrossCoder.from_pretrained("out/crosscoder")
+    train.CrossCoder.from_pretrained("out")
     train.main(["--out_dir=out", "--resume=True", "--ce_eval=False"])
     assert Path("out/report.html").exists()
 
@@ -1080,7 +1108,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(capsys, mon
     real = train.Toy.batch
     monkeypatch.setattr(train.Toy, "batch", lambda self, step: real(self, step) * (1e30 if step == 14 else 1))
     said = error_of(capsys, run, "--steps=30", "--save_every=10", "--out_dir=out")
-    assert "step 14" in said and "not finite" in said and "--lr" in said and "e+30" in said
+    assert "step 14" in said and "non-finite" in said and "--lr" in said and "loss inf" in said
     assert torch.load("out/checkpoint.pt", weights_only=True)["step"] == 10
     assert all(value.isfinite().all() for value in weights("out").values())
 
@@ -1111,8 +1139,8 @@ def test_a_checkpoint_runs_no_code_and_one_that_is_damaged_gets_one_line(capsys)
 def test_a_checkpoint_with_something_missing_or_of_another_kind_gets_one_line(capsys):
     run("--steps=3", "--out_dir=out")
     good = torch.load("out/checkpoint.pt", weights_only=True)
-    names = ("model", "moments", "random_state", "step", "config", "rows", "texts_read")
-    bad = [{key: good[key] for key in good if key != name} for name in (*names, "wandb_id")]
+    names = ("model", "moments", "step", "config", "rows", "texts_read")
+    bad = [{key: good[key] for key in good if key != name} for name in names]
     bad += [good | {name: "x"} for name in names] + [good | dict(rows=[3]), [good]]
     changes = [dict(steps="x"), dict(lr=-1), dict(k=2.5), dict(variant="other"), dict(data=3), dict(kk=3)]
     changes += [dict(steps=torch.zeros(3)), dict(seed=False)]
@@ -1123,7 +1151,7 @@ def test_a_checkpoint_with_something_missing_or_of_another_kind_gets_one_line(ca
 
 @pytest.mark.parametrize("option", ["--beta1=0.5", "--lr=0.1", "--grad_clip=0", "--k=7"])
 def test_what_is_given_beside_resume_is_what_the_run_goes_on_with(option):
-    run("--steps=20", "--save_every=10", "--decay=0", "--out_dir=first")
+    run("--steps=20", "--save_every=10", "--out_dir=first")
     for out in ("as_before", "other"):
         shutil.copytree("first", out)
     train.main(["--resume=True", "--out_dir=as_before", "--steps=30"])
@@ -1132,7 +1160,7 @@ def test_what_is_given_beside_resume_is_what_the_run_goes_on_with(option):
     key, value = option[2:].split("=")
     assert torch.load("other/checkpoint.pt", weights_only=True)["config"][key] == float(value)
     if key == "lr":
-        assert metrics("other")[-1]["step"] == 30 and metrics("other")[-2]["lr"] == 0.1
+        assert metrics("other")[-1]["step"] == 30 and metrics("other")[-2]["lr"] == pytest.approx(0.1 / 6)
 
 
 @pytest.mark.parametrize("text", [None, "3\n", '{"step": 1}\nnot json'])
@@ -1178,7 +1206,7 @@ def test_a_store_whose_tokenizer_has_code_runs_none_even_if_asked_to(pairs):
         command = [sys.executable, str(HERE / "train.py"), *options]
         done = subprocess.run(command, input="y\ny\n", capture_output=True, text=True)
         assert done.returncode == code, done.stderr
-        assert Path(f"{ce_eval}/crosscoder").exists() and not Path("pwned").exists()
+        assert Path(f"{ce_eval}/model.safetensors").exists() and not Path("pwned").exists()
 
 
 def test_a_module_that_the_model_does_not_have_gets_one_line_from_ce_eval(pairs, capsys):
@@ -1243,16 +1271,16 @@ def damaged(kind):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("nan", "finetuned: row 321 holds nan or inf"),
-        ("inf", "finetuned: row 321 holds nan or inf"),
+        ("nan", "acts: row [321] holds nan or inf"),
+        ("inf", "acts: row [321] holds nan or inf"),
         ("no rows", "nor a store of aligned rows of floats"),
-        ("few rows", "40 rows"),
-        ("d_model", "found fixed_size_list<item: halffloat>[16] and fixed_size_list<item: halffloat>[8]"),
+        ("few rows", "only 40 rows"),
+        ("d_model", "[0]: 16 (ACTUAL), 8 (DESIRED)"),
         ("no column", "activation"),
         ("strings", "string"),
-        ("lengths", "found fixed_size_list<item: halffloat>[16] and list<"),
+        ("lengths", "[0]: 16 (ACTUAL), 1 (DESIRED)"),
         ("array", "Array2D"),
-        ("token lists", "token first differs in row 3"),
+        ("token lists", "Unsupported cast from list"),
         ("truncated", "Expected to be able to read"),
         ("missing file", "No such file"),
         ("meta", "delimiter"),
@@ -1262,7 +1290,7 @@ def damaged(kind):
         ("scale under 0", "scale is [1, -1]"),
         ("constant", "nothing to explain"),
         ("huge", "nothing to explain"),
-        ("scale of words", "too many dimensions 'str'"),
+        ("scale of words", "not supported between instances"),
         ("docs of another store", "docs has 3 rows"),
     ],
 )
@@ -1398,7 +1426,7 @@ for variant in ("vanilla", "topk", "batchtopk"):
         out = f"{out}-{{variant}}-{{aux_coeff}}"
         options = f"--variant={{variant}} --aux_coeff={{aux_coeff}} --out_dir={{out}} --steps=50"
         options += " --batch_size=64 --k=4 --d_hidden=96 --dead_after=150 --k_aux=16"
-        options += " --sparse=True --wandb_mode=disabled --val_tokens=0"
+        options += " --wandb_mode=disabled --val_tokens=0"
         train.main(options.split() + ["--log_every=50"])
 """
 
@@ -1431,8 +1459,7 @@ PICK = """
 import sys
 sys.path.insert(0, {here!r})
 import torch, train
-from torch import distributed as dist
-dist.init_process_group("gloo")
+train.set_up("cpu")
 rank, n = train.world()
 for guess in (0.0, 1.0, 1e9):
     torch.manual_seed(0)
@@ -1442,7 +1469,7 @@ for guess in (0.0, 1.0, 1e9):
     model.smallest.fill_(guess)
     losses = model.train().losses(x.chunk(n)[rank])
     losses["loss"].backward()
-    gradient, n_active = train.all_mean(model.W_dec.grad), train.all_mean(losses["l0_loss"]) * 64
+    gradient, n_active = train.reduce(model.W_dec.grad), train.reduce(losses["l0_loss"]) * 64
     if rank == 0:
         torch.save((gradient, n_active, model.smallest), f"{{n}}-{{guess}}.pt")
 """
