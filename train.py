@@ -264,18 +264,26 @@ def matrix(row, col, values, shape):
     return coo.to_dense() if len(values) > 0.04 * shape[0] * shape[1] else coo.to_sparse_csr()
 
 
+def times(matrix, dense, spare):
+    """matrix @ dense, into memory out of the list `spare`: new memory can cost more than the product."""
+    out = spare.pop() if spare else dense.new_empty(len(matrix), dense.shape[1])
+    return torch.addmm(out, matrix, dense, beta=0, out=out)
+
+
 class SparseDecode(torch.autograd.Function):
     """
     code @ W_dec for the code whose entries at (row, col), sorted by row, are f = x @ W_enc.T + b_enc there;
     whoever chose them has computed f. Exact: what ReLU or TopK set to 0 has no gradient, so all that is left
     out are dense autograd's products with 0. x [batch, d], W_enc and W_dec [d_hidden, d], row, col and f [n].
-    Returns f and [batch, d].
+    The gradients of W_enc and W_dec are put into the memory in `spare`. Returns f and [batch, d].
     """
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, row, col, f):
+    def forward(ctx, x, W_enc, b_enc, W_dec, row, col, f, spare):
+        ctx.spare = spare
         ctx.save_for_backward(x, W_dec, row, col, f)
-        return f.clone(), matrix(row, col, f, (len(x), len(W_dec))) @ W_dec
+        starts = torch.searchsorted(row, torch.arange(len(x), device=row.device))
+        return f.clone(), F.embedding_bag(col, W_dec, starts, per_sample_weights=f, mode="sum")
 
     @staticmethod
     def backward(ctx, grad_f, grad):
@@ -289,7 +297,8 @@ class SparseDecode(torch.autograd.Function):
         else:
             grad_f += (W_dec @ grad.T)[col, row]
         grad_b_enc = grad_f.new_zeros(len(W_dec)).index_add(0, col, grad_f)
-        return None, matrix(col, row, grad_f, shape) @ x, grad_b_enc, code @ grad, None, None, None
+        grad_W_enc = times(matrix(col, row, grad_f, shape), x, ctx.spare)
+        return None, grad_W_enc, grad_b_enc, times(code, grad, ctx.spare), None, None, None, None
 
 
 def largest(y, k):
@@ -313,7 +322,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def __init__(self, n_models: int, d_model: int, d_hidden: int, variant="batchtopk", k=32, basis="plain"):
         super().__init__()
-        self.variant, self.k, self.basis = variant, k, basis
+        self.variant, self.k, self.basis, self.spare = variant, k, basis, []
         self.W_dec = nn.Parameter(0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1))
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(d_hidden))
@@ -425,17 +434,18 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         blocks = x.split(1 + 10 * 2**20 // len(norm))  # 40 MB: [batch, d_hidden] is never whole
         products = lambda: (rows for block in blocks for rows in (block @ weights[0].T).split(128))
         code, aux = self.pick(products, norm, revived, k_aux)
-        f, x_hat = SparseDecode.apply(x, *weights, *code)
+        f, x_hat = SparseDecode.apply(x, *weights, *code, self.spare)
         error, fired = x_hat + self.b_dec.flatten() - x, code[1].bincount(minlength=len(norm))
         mean_square = lambda y: y.norm(dim=1).square().mean()
         l1_loss = torch.zeros_like(norm).index_add(0, code[1], f) @ norm / batch
         losses = dict(l2_loss=mean_square(error), l1_loss=l1_loss, l0_loss=fired.sum() / batch)
         losses["aux_loss"] = error.new_zeros(())
         if len(revived):
-            e_hat = SparseDecode.apply(x, *(y[revived] for y in weights), *aux)[1]
+            e_hat = SparseDecode.apply(x, *(y[revived] for y in weights), *aux, [])[1]
             losses["aux_loss"] = mean_square(error.detach() + e_hat) * min(len(dead) / k_aux, 1)
-        l1_coeff *= self.variant == "vanilla"
-        loss = losses["l2_loss"] + l1_coeff * losses["l1_loss"] + aux_coeff * losses["aux_loss"]
+        loss = losses["l2_loss"] + aux_coeff * losses["aux_loss"]
+        if self.variant == "vanilla":
+            loss = loss + l1_coeff * losses["l1_loss"]
         if self.training:
             silent = reduce(fired.float()) == 0  # in all processes
             self.since_fired.copy_((self.since_fired + batch * world()[1]) * silent)
@@ -692,6 +702,7 @@ def train(config, state=None):
 
     for step, x in prefetched(data, range(state["step"], steps), device):
         l1_coeff, lr = config["l1_coeff"] * schedule(step, config)[0], scheduler.get_last_lr()[0]
+        model.spare = [p.grad.flatten(1) for p in (model.W_enc, model.W_dec) if p.grad is not None]
         optimizer.zero_grad()
         losses = model.losses(x, l1_coeff, config["aux_coeff"], config["k_aux"], config["dead_after"])
         losses["loss"].backward()
