@@ -169,7 +169,7 @@ def examples(crosscoder, data, latents):
     with contextlib.suppress(Exception):  # of many kinds; ids are shown then
         decode = AutoTokenizer.from_pretrained(data.meta["tokenizer"], **safe).decode
     index = pd.DataFrame(dict(doc=data.doc, pos=data.pos))[data.n_train :]
-    codes = [crosscoder.encode(x.to(crosscoder.scale.device))[:, latents].cpu() for x in data.validation()]
+    codes = [crosscoder.encode(x)[:, latents].cpu() for x in data.validation()]
     for f in torch.cat(codes).T.numpy():
         rows = index.assign(f=f / f.max())[f > 0].sort_values("f", ascending=False, kind="stable")
         share, lines = rows.set_index(["doc", "pos"]).f, []

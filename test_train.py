@@ -431,7 +431,7 @@ def test_a_store_that_is_not_aligned_is_refused_and_says_where(capsys):
 def test_prefetched_batches_are_those_of_their_steps():
     random_store("acts")
     store = train.Store(store_config())
-    got = list(train.prefetched(store, range(3, 9), torch.device("cpu")))
+    got = list(train.prefetched(store, range(3, 9)))
     assert [step for step, _ in got] == list(range(3, 9))
     assert all(torch.equal(x, store.batch(step)) for step, x in got)
 

@@ -112,14 +112,17 @@ def read_command_line(defaults, allowed, argv, file):
             fail(f"{argument}: expected --key=value, the nearest key is --{near}")
         kind = type(defaults[key])
         usual = [text] if kind is str else pd.Interval(min(0, defaults[key]), 1e15, closed="left")
-        expected = allowed.get(key, usual)
         with contextlib.suppress(Exception):  # literal_eval raises many kinds
             number = text if kind is str else ast.literal_eval(text)
             value = kind(number)  # 1e6 and 140_000 are integers too
-            if value in expected and value == number and (type(number) is bool) == (kind is bool):
+            if (
+                value in allowed.get(key, usual)
+                and value == number
+                and (type(number) is bool) == (kind is bool)
+            ):
                 given[key] = value
                 continue
-        fail(f"--{key}={text}: expected {kind.__name__} in {expected}")
+        fail(f"--{key}={text}: expected {kind.__name__} in {allowed.get(key, usual)}")
     return given
 
 
@@ -244,15 +247,14 @@ class Store:
         return map(self.read, np.array_split(rows, -(-len(rows) // 1024)))
 
 
-def prefetched(data, steps, device):
-    """(step, its batch on the device) for each step; a thread reads the next batch meanwhile."""
-    load = lambda step: data.batch(step).to(device) if step in steps else None
+def prefetched(data, steps):
+    """(step, its batch) for each of the steps; a thread reads the next batch meanwhile."""
     with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(load, steps.start)
+        batches = (thread.submit(data.batch, step) for step in steps)
+        following = next(batches, None)
         for step in steps:
-            x = ahead.result()
-            ahead = thread.submit(load, step + 1)
-            yield step, x
+            batch, following = following, next(batches, None)
+            yield step, batch.result()
 
 
 # --- Crosscoder ---------------------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     def start_at(self, x, scale=None):
         """Fits a new model to raw x, so that few latents die, and to the data's scale [n_models] if known."""
         size = lambda y: reduce(y.norm(dim=-1).mean(0)) / y.shape[-1] ** 0.5
-        x = x.float()
+        x = x.to(self.mix)
         self.scale.copy_(torch.tensor(scale) if scale else 1 / size(x))
         self.mix.copy_(self.scale.diag())
         if self.basis == "delta":
@@ -353,7 +355,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def scaled(self, x):
         """Raw activations [batch, n_models, d_model] of any float type -> those the parameters are of."""
-        return self.mix @ x.to(self.mix.dtype)
+        return self.mix @ x.to(self.mix)
 
     def unscaled(self, y):
         """The inverse of `scaled`."""
@@ -437,15 +439,13 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         f, x_hat = SparseDecode.apply(x, *weights, *code, self.spare)
         error, fired = x_hat + self.b_dec.flatten() - x, code[1].bincount(minlength=len(norm))
         mean_square = lambda y: y.norm(dim=1).square().mean()
-        l1_loss = torch.zeros_like(norm).index_add(0, code[1], f) @ norm / batch
-        losses = dict(l2_loss=mean_square(error), l1_loss=l1_loss, l0_loss=fired.sum() / batch)
-        losses["aux_loss"] = error.new_zeros(())
+        losses = dict(l2_loss=mean_square(error), l0_loss=fired.sum() / batch, aux_loss=error.new_zeros(()))
+        losses["l1_loss"] = torch.zeros_like(norm).index_add(0, code[1], f) @ norm / batch
         if len(revived):
             e_hat = SparseDecode.apply(x, *(y[revived] for y in weights), *aux, [])[1]
             losses["aux_loss"] = mean_square(error.detach() + e_hat) * min(len(dead) / k_aux, 1)
-        loss = losses["l2_loss"] + aux_coeff * losses["aux_loss"]
-        if self.variant == "vanilla":
-            loss = loss + l1_coeff * losses["l1_loss"]
+        l1_term = l1_coeff * losses["l1_loss"] if self.variant == "vanilla" else 0
+        loss = losses["l2_loss"] + l1_term + aux_coeff * losses["aux_loss"]
         if self.training:
             silent = reduce(fired.float()) == 0  # in all processes
             self.since_fired.copy_((self.since_fired + batch * world()[1]) * silent)
@@ -492,7 +492,7 @@ def validate(model, data, l1_coeff):
     training, total, fired = model.training, 0, 0
     model.eval()
     for x in data.validation():
-        losses = model.losses(x.to(model.mix.device), l1_coeff)
+        losses = model.losses(x, l1_coeff)
         total, fired = total + sums(losses), fired + losses["fired"]
     model.train(training)
     return dict(dead_latents=(fired == 0).sum().item()) | metrics(model, total), fired / total[0]  # of rows
@@ -536,11 +536,10 @@ def latent_scaling(model, blocks, latents):
 
 # --- Report -------------------------------------------------------------------------------------------------
 
-STYLE = """:root { color-scheme: light dark } h1 { font-size: 1.3rem } summary { margin: 1rem 0 }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+STYLE = """:root { color-scheme: light dark } .texts { text-align: left; white-space: pre-wrap; min-width: 16em }
+body { font: 15px/1.5 system-ui; max-width: 76em; margin: 2em auto; padding: 0 1em } h1 { font-size: 1.4em }
 table, .svg { display: block; overflow-x: auto; font-size: 13px; fill: currentColor; border-collapse: collapse }
-td, th { padding: .2rem .6rem; text-align: right; vertical-align: top; border-top: 1px solid #8884 }
-.texts { text-align: left; white-space: pre-wrap; min-width: 16rem }"""
+td, th { padding: .2em .6em; text-align: right; vertical-align: top; border-top: 1px solid #8884 }"""
 
 
 def pictures(table, rows, path):
@@ -571,8 +570,7 @@ def report(model, data, config, log, row, frequency):
     verdict = f"of {len(frequency):,} latents {len(table):,} are alive"
     for kind in ("shared", "base-only", "fine-tuned-only"):
         verdict += f", {(table.kind == kind).sum():,} {kind}"
-    confirmed = f", {table.confirmed.sum():,} of them confirmed"
-    verdict += confirmed if exclusive.any() else ": no exclusive latents"
+    verdict += f", {table.confirmed.sum():,} confirmed" if exclusive.any() else ": no exclusive latents"
     often = table[table.frequency >= min(20 / config["val_tokens"], 0.01)]
     top = often.sort_values(["confirmed", "change"], ascending=False).groupby("kind").head(20)
     if data.docs:
@@ -609,8 +607,8 @@ def resolve(config):
     config, tokens = dict(config), config["steps"] * config["batch_size"]
     enough = config["variant"] == "vanilla" or config["k"] <= config["d_hidden"]
     fail(f"--k={config['k']} is larger than --d_hidden={config['d_hidden']}", unless=enough)
-    whole = config["batch_size"] % world()[1] == 0
-    fail(f"--batch_size={config['batch_size']} is no multiple of {world()[1]} processes", unless=whole)
+    n = world()[1]
+    fail(f"--batch_size is no multiple of the {n} processes", unless=config["batch_size"] % n == 0)
     if config["aux_coeff"] < 0:
         config["aux_coeff"] = 0.0 if config["variant"] == "vanilla" else 1 / 32
     config["dead_after"] = config["dead_after"] or min(-(-tokens // 20), 10_000_000)
@@ -623,9 +621,8 @@ def resolve(config):
 def write_atomically(path, write):
     """write(another path), which then takes the place of `path`, never half-written."""
     part = path.with_name(path.name + ".part")
-    failed = f"{path} cannot be written and is as it was; make room on the disk, and go on"
-    with explain(failed), contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(part.unlink, missing_ok=True)  # to leave room
+    with explain(f"{path} cannot be written; make room on the disk"), contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(part.unlink, missing_ok=True)
         write(part)
         with open(part, "rb") as written:
             os.fsync(written)  # a power cut must not find the new name before what it names
@@ -671,8 +668,7 @@ def build(config, state, device):
         data = Stream(config, state["texts_read"])
     else:
         data = Toy(config) if config["data"] == "toy" else Store(config)
-    possible = data.docs or not config["ce_eval"]
-    fail("--ce_eval=True takes the texts of a store that collect.py wrote", unless=possible)
+    fail("--ce_eval=True takes a store that collect.py wrote", unless=data.docs or not config["ce_eval"])
     with explain("data, config and checkpoint do not fit each other"):
         options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis")}
         model = CrossCoder(data.n_models, data.d_model, **options).to(device)
@@ -682,7 +678,7 @@ def build(config, state, device):
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(optimizer.state_dict() | dict(state=state["moments"]))
         else:
-            model.start_at(data.batch(0).to(device), data.meta.get("scale"))
+            model.start_at(data.batch(0), data.meta.get("scale"))
         factor = lambda done, start=state["step"]: schedule(start + done, config)[1]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return data, model, optimizer, scheduler
@@ -700,7 +696,7 @@ def train(config, state=None):
     steps, batch_size, found = config["steps"], config["batch_size"], None
     logged_at, logged_step = time.perf_counter(), state["step"]
 
-    for step, x in prefetched(data, range(state["step"], steps), device):
+    for step, x in prefetched(data, range(state["step"], steps)):
         l1_coeff, lr = config["l1_coeff"] * schedule(step, config)[0], scheduler.get_last_lr()[0]
         model.spare = [p.grad.flatten(1) for p in (model.W_enc, model.W_dec) if p.grad is not None]
         optimizer.zero_grad()
@@ -708,13 +704,13 @@ def train(config, state=None):
         losses["loss"].backward()
         for p in model.parameters() if world()[1] > 1 else ():
             p.grad = reduce(p.grad)  # all are ready at once: there is nothing to overlap this with
-        largest_norm = config["grad_clip"] or torch.inf
+        largest = config["grad_clip"] or torch.inf
         with explain(f"step {step}, --lr={lr:.3g}, loss {losses['loss']:.3g}; the last checkpoint is whole"):
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), largest_norm, error_if_nonfinite=True)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), largest, error_if_nonfinite=True)
         optimizer.step()
         scheduler.step()
         step += 1
-        stop = reduce(torch.tensor(float(len(stop_signals)), device=device)) > 0  # of any process
+        stop = reduce(model.scale.new_tensor(len(stop_signals))) > 0  # of any process
         due = lambda every, step=step: step == steps or (every and step % every == 0)
 
         if due(config["log_every"]):
@@ -735,7 +731,6 @@ def train(config, state=None):
             write_atomically(log.out / "checkpoint.pt", functools.partial(torch.save, state))
         if stop and step < steps:
             if rank == 0:
-                log.wandb(wandb.finish)
                 print(f"stopped at step {step}: go on by --resume=True --out_dir={log.out}", file=sys.stderr)
             raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
 
