@@ -8,8 +8,8 @@ fine-tuned from it (B). A latent has a decoder vector per model: where one is 0,
     torchrun --standalone --nproc_per_node=2 train.py ...   # the same over several processes
 
 Any key of the config is set by --key=value. A run ends with OUT/report.html, what fine-tuning changed.
-Crosscoders: Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders. BatchTopK: Bussmann et al. 2024,
-arXiv 2412.06410. Auxiliary loss: Gao et al. 2024, arXiv 2406.04093.
+Lindsey et al. 2024 (transformer-circuits.pub/2024/crosscoders), BatchTopK: arXiv 2412.06410, auxiliary loss:
+arXiv 2406.04093, latent scaling: arXiv 2504.02922.
 """
 
 import ast
@@ -41,14 +41,13 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import save_file
 from torch import nn
 
-# --- Config -------------------------------------------------------------------------------------------------
+# --- Config, command line, processes ------------------------------------------------------------------------
 
 config = dict(
-    # I/O
+    # I/O and logging
     out_dir="",  # folder of the run; empty makes a new one, out/DATA-VARIANT-TIME
     resume=False,  # go on from out_dir's checkpoint, with its config and what is given beside it
     save_every=500,  # steps between checkpoints; 0: only at the end
-    # logging
     log_every=50,  # steps between rows of metrics
     eval_every=500,  # steps between validations; 0: only at the end
     wandb_mode="offline",  # offline, online or disabled
@@ -58,12 +57,11 @@ config = dict(
     data="toy",  # toy, stream (harvest while training; takes collect.py's keys too), or a store's path
     val_tokens=8192,  # rows held out at the end of the store, for validation; 0: none
     batch_size=1024,  # tokens per step, over all processes
-    # model
+    # model and losses
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
     basis="plain",  # plain: of (A, B); delta: of (A, B - A), made as large as A, for narrow fine-tunes
     d_hidden=512,  # latents
     k=32,  # active latents per token: of each (topk), on average over the batch (batchtopk)
-    # losses
     l1_coeff=2.0,  # weight of the L1 term (vanilla)
     aux_coeff=-1.0,  # weight of the auxiliary loss on dead latents; -1: 1/32, or 0 for vanilla
     k_aux=64,  # dead latents per token that the auxiliary loss uses
@@ -112,21 +110,15 @@ def read_command_line(defaults, allowed, argv, file):
             fail(f"{argument}: expected --key=value, the nearest key is --{near}")
         kind = type(defaults[key])
         usual = [text] if kind is str else pd.Interval(min(0, defaults[key]), 1e15, closed="left")
+        expected = allowed.get(key, usual)
         with contextlib.suppress(Exception):  # literal_eval raises many kinds
             number = text if kind is str else ast.literal_eval(text)
             value = kind(number)  # 1e6 and 140_000 are integers too
-            if (
-                value in allowed.get(key, usual)
-                and value == number
-                and (type(number) is bool) == (kind is bool)
-            ):
+            if value in expected and value == number and (type(number) is bool) == (kind is bool):
                 given[key] = value
                 continue
-        fail(f"--{key}={text}: expected {kind.__name__} in {allowed.get(key, usual)}")
+        fail(f"--{key}={text}: expected {kind.__name__} in {expected}")
     return given
-
-
-# --- Processes ----------------------------------------------------------------------------------------------
 
 
 def set_up(name):
@@ -145,14 +137,10 @@ def world():
 
 
 class Toy:
-    """
-    Activations of two models with planted features, endless, a function of (seed, step). Most are shared, the
-    fine-tuned direction slightly rotated. The exclusive ones are sqrt(2) longer, to carry as much energy.
-    """
+    """Activations of two models with planted features, endless, a function of (seed, step)."""
 
     n_models, d_model, docs, meta, texts_read = 2, 128, None, {}, 0
-    n_active = 28  # planted features active in a token, on average
-    # Of each kind the number of planted features, and their size in A and in B.
+    # Of each kind how many features, and their size in A and in B: exclusive ones carry as much energy.
     kinds = {"shared": (192, 1, 1), "base-only": (32, 2**0.5, 0), "fine-tuned-only": (32, 0, 2**0.5)}
 
     def __init__(self, config):
@@ -160,10 +148,10 @@ class Toy:
         counts, *sizes = zip(*self.kinds.values())
         self.kind = np.repeat(list(self.kinds), counts)  # [feature]
         a, b = F.normalize(torch.randn(2, len(self.kind), self.d_model, generator=g), dim=-1)
-        unit = torch.stack([a, F.normalize(a + 0.2 * b, dim=-1)], dim=1)
+        unit = torch.stack([a, F.normalize(a + 0.2 * b, dim=-1)], dim=1)  # in B slightly rotated
         self.directions = unit * torch.tensor(np.repeat(sizes, counts, axis=1)).float().T[..., None]
         frequency = torch.linspace(1, 3, len(a))[torch.randperm(len(a), generator=g)]
-        self.frequency = frequency / frequency.sum() * self.n_active
+        self.frequency = 28 * frequency / frequency.sum()  # 28 are active in a token, on average
 
     def rows(self, step, n):
         seed = np.random.SeedSequence([self.config["seed"], step + 2]).generate_state(1)[0]
@@ -180,10 +168,7 @@ class Toy:
         return self.rows(-2, self.config["val_tokens"]).split(1024)
 
     def score(self, model, table):
-        """
-        By kind, how many planted features the latents of `compare`'s table recover, and how many of these are
-        false. One recovers a feature of its kind if their cosine is over 0.9 in each model that has it.
-        """
+        """How many planted features of each kind are recovered: cosine > 0.9 in each model that has them."""
         W = model.in_models(model.W_dec.detach()).cpu()[table.index]
         unit = F.normalize(W, dim=-1), F.normalize(self.directions, dim=-1)
         near = einsum(*unit, "latent model d, feature model d -> latent feature model") > 0.9
@@ -197,9 +182,8 @@ class Toy:
 
 class Store:
     """
-    A store of activations: the Hugging Face datasets base and finetuned in one folder, row i of one being row
-    i of the other. Batches are shuffled over the whole store, anew each epoch, and are a function of (seed,
-    step). The last val_tokens rows are held out.
+    A folder with the Hugging Face datasets base and finetuned, row i of one being row i of the other. Batches
+    are shuffled over all, anew each epoch, a function of (seed, step); the last val_tokens rows are held out.
     """
 
     n_models, names, docs, texts_read = 2, ("base", "finetuned"), None, 0
@@ -213,8 +197,9 @@ class Store:
             lengths = [pc.list_value_length(table.column("activation")) for table in (base, finetuned)]
             np.testing.assert_array_equal(*lengths, "lengths of the lists in base and finetuned")
             for name in {"token", "doc", "pos"}.intersection(base.column_names, finetuned.column_names):
-                a, b = (table.column(name).cast("int64") for table in (base, finetuned))
-                np.testing.assert_array_equal(a, b, name)
+                np.testing.assert_array_equal(
+                    *(t.column(name).cast("int64") for t in (base, finetuned)), name
+                )
             self.n_rows, (self.d_model,) = len(base), lengths[0].unique().to_pylist()
             self.n_train = self.n_rows - config["val_tokens"]
             fail(f"{what}: only {self.n_rows} rows", unless=self.n_train >= config["batch_size"])
@@ -230,12 +215,11 @@ class Store:
 
     def read(self, rows):
         """The activations [len(rows), n_models, d_model] of those rows, in the store's float type."""
-        columns = [dataset[rows]["activation"].combine_chunks() for dataset in self.stored]
-        x = torch.from_numpy(np.stack([column.flatten().to_numpy() for column in columns]))
-        x = x.view(self.n_models, len(rows), self.d_model).transpose(0, 1)
-        bad = rows[~x.isfinite().flatten(1).all(1).numpy()]
+        columns = [dataset[rows]["activation"].combine_chunks().flatten() for dataset in self.stored]
+        x = np.stack([column.to_numpy().reshape(len(rows), self.d_model) for column in columns], axis=1)
+        bad = rows[~np.isfinite(x).all((1, 2))]
         fail(f"{self.path}: row {bad[:1]} holds nan or inf: collect again without it", unless=not len(bad))
-        return x
+        return torch.from_numpy(x)
 
     def batch(self, step):
         size, (rank, n) = self.config["batch_size"], world()
@@ -292,15 +276,14 @@ class SparseDecode(torch.autograd.Function):
         x, W_dec, row, col, f = ctx.saved_tensors
         at = col.int().argsort(stable=True)  # the transpose: sorted by column
         row, col, f, grad_f = row[at], col[at], f[at], grad_f[at]
-        shape = len(W_dec), len(x)
-        code = matrix(col, row, f, shape)
+        code = matrix(col, row, f, (len(W_dec), len(x)))
         if code.is_sparse_csr:
             grad_f += torch.sparse.sampled_addmm(code, W_dec, grad.T, beta=0).values()
         else:
             grad_f += (W_dec @ grad.T)[col, row]
-        grad_b_enc = grad_f.new_zeros(len(W_dec)).index_add(0, col, grad_f)
-        grad_W_enc = times(matrix(col, row, grad_f, shape), x, ctx.spare)
-        return None, grad_W_enc, grad_b_enc, times(code, grad, ctx.spare), None, None, None, None
+        grad_W_enc = times(matrix(col, row, grad_f, code.shape), x, ctx.spare)
+        grad_b_enc, grad_W_dec = col.bincount(grad_f, len(W_dec)), times(code, grad, ctx.spare)
+        return None, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None
 
 
 def largest(y, k):
@@ -313,13 +296,12 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     """
     A sparse dictionary over the activations of n_models models. encode, decode and forward take and return
     raw activations. from_pretrained("out/RUN"), save_pretrained and push_to_hub are huggingface_hub's.
-
     Parameters: W_enc, W_dec [d_hidden, n_models, d_model], b_enc [d_hidden], b_dec [n_models, d_model].
     Buffers: scale [n_models], sqrt(d_model) / mean norm of each model's activations; mix [n_models, n_models]
     from raw activations to what the parameters are of: diag(scale), or in the basis "delta" to A and to B - A
     made as large; threshold [], what a score f * norm must exceed in batchtopk's inference (eval mode), so
-    that a token's code does not depend on its batch. The others are the state of training: smallest [], the
-    last batch's smallest score; since_fired [d_hidden], the tokens since each latent fired.
+    that a token's code does not depend on its batch; and of training, smallest [], the last batch's smallest
+    score, and since_fired [d_hidden], the tokens since each latent fired.
     """
 
     def __init__(self, n_models: int, d_model: int, d_hidden: int, variant="batchtopk", k=32, basis="plain"):
@@ -386,12 +368,12 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def pick(self, products, norm, dead, k_aux=0):
         """
-        The active latents by variant and mode as (row, col, f), each [n]; alike, for the auxiliary loss, those
-        of the latents `dead`, numbered in it, with the k_aux largest pre-activations of each row. products()
-        yields x @ W_enc.T [rows, d_hidden] of a few rows at a time, while they are in the cache. In training,
-        batchtopk keeps the k * batch largest scores f * norm of all processes' rows without sorting all: what
-        is under 0.9 of the last batch's smallest is passed over, and looked at again if too few are left. So
-        the set is that of a full sort; equal ones are kept together.
+        The active latents by variant and mode as (row, col, f), each [n]; alike, for the auxiliary loss,
+        those of the latents `dead`, numbered in it, with the k_aux largest pre-activations of a row.
+        products() yields x @ W_enc.T [rows, d_hidden], few rows at a time, still in the cache. In training
+        batchtopk keeps the k * batch largest scores f * norm of all processes, and their equals, without
+        sorting all: what is under 0.9 of the last batch's smallest is passed over, and looked at again if too
+        few are left.
         """
         search = self.variant == "batchtopk" and self.training
         for cut in self.smallest * self.smallest.new_tensor([0.9, 0.5, 0]) if search else [self.threshold]:
@@ -400,19 +382,16 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             for product in products():
                 if self.variant == "topk":
                     row, col = largest(torch.addcmul(self.b_enc * norm, product, norm), self.k)
-                else:  # comparing into floats is faster on a CPU than into bools
-                    mask = torch.gt(product, bound, out=torch.empty_like(product)).bool()
-                    row, col = mask.nonzero(as_tuple=True)
+                else:
+                    row, col = (product > bound).nonzero(as_tuple=True)
                 best.append((n_rows + row, col, product[row, col] + self.b_enc[col]))
                 pre = product[:, dead] + self.b_enc[dead]
                 row, col = largest(pre, k_aux)
                 aux.append((n_rows + row, col, pre[row, col]))
                 n_rows += len(product)
             row, col, f = map(torch.cat, zip(*best))
-            score = every = f * norm[col]
-            n_keep = self.k * n_rows * world()[1]
-            if search and world()[1] > 1:
-                every = torch.cat(gather_object([score.cpu()])).to(score.device)
+            score, n_keep = f * norm[col], self.k * n_rows * world()[1]
+            every = torch.cat(gather_object([score.cpu()])).to(score.device) if search else score
             if len(every) >= n_keep:
                 break
         if search and len(every):
@@ -422,50 +401,50 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def losses(self, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead_after=torch.inf):
         """
-        The losses of a batch x, raw [batch, n_models, d_model]: `loss`, to be minimised, and its parts, all
-        means over the batch of sums over the rest, of scaled activations. It is l2, in vanilla + l1_coeff *
-        l1, + aux_coeff * aux, in which the dead latents, those that have not fired for dead_after tokens,
-        reconstruct what x_hat lacks. Beside them: x and error = x_hat - x, scaled [batch, n_models, d_model],
-        the number of the dead and how often each latent fired, [d_hidden]. In training mode the buffers move
-        on.
+        The losses of raw x [batch, n_models, d_model]: `loss`, to be minimised, and its parts, means over the
+        batch of sums over the rest, of scaled activations. It is l2, in vanilla + l1_coeff * l1, + aux_coeff
+        * aux, in which the dead latents, silent for over dead_after tokens, reconstruct what x_hat lacks. And
+        x, error = x_hat - x, scaled [batch, n_models, d_model], the number of the dead, and how often each
+        latent fired, [d_hidden]. In training mode the buffers move on.
         """
         x, norm, batch = self.scaled(x).flatten(1), self.decoder_norm(), len(x)
         weights = self.W_enc.flatten(1), self.b_enc, self.W_dec.flatten(1)
         dead = (self.since_fired > dead_after).nonzero().flatten()
-        revived = dead if aux_coeff else dead[:0]
         blocks = x.split(1 + 10 * 2**20 // len(norm))  # 40 MB: [batch, d_hidden] is never whole
         products = lambda: (rows for block in blocks for rows in (block @ weights[0].T).split(128))
-        code, aux = self.pick(products, norm, revived, k_aux)
+        code, aux = self.pick(products, norm, dead, k_aux if aux_coeff else 0)
         f, x_hat = SparseDecode.apply(x, *weights, *code, self.spare)
         error, fired = x_hat + self.b_dec.flatten() - x, code[1].bincount(minlength=len(norm))
         mean_square = lambda y: y.norm(dim=1).square().mean()
         losses = dict(l2_loss=mean_square(error), l0_loss=fired.sum() / batch, aux_loss=error.new_zeros(()))
         losses["l1_loss"] = torch.zeros_like(norm).index_add(0, code[1], f) @ norm / batch
-        if len(revived):
-            e_hat = SparseDecode.apply(x, *(y[revived] for y in weights), *aux, [])[1]
+        if len(aux[0]):
+            e_hat = SparseDecode.apply(x, *(y[dead] for y in weights), *aux, [])[1]
             losses["aux_loss"] = mean_square(error.detach() + e_hat) * min(len(dead) / k_aux, 1)
         l1_term = l1_coeff * losses["l1_loss"] if self.variant == "vanilla" else 0
         loss = losses["l2_loss"] + l1_term + aux_coeff * losses["aux_loss"]
         if self.training:
-            silent = reduce(fired.float()) == 0  # in all processes
-            self.since_fired.copy_((self.since_fired + batch * world()[1]) * silent)
+            self.since_fired.add_(batch * world()[1]).masked_fill_(reduce(fired.float()) > 0, 0)
             self.threshold.lerp_(self.smallest, torch.where(self.threshold == 0, 1.0, 0.02))  # no sentinel
         x, error = (y.view(-1, *self.b_dec.shape) for y in (x, error))
         return losses | dict(loss=loss, x=x, error=error, dead=len(dead), fired=fired)
 
 
-# --- Measures -----------------------------------------------------------------------------------------------
+# --- Measures and report ------------------------------------------------------------------------------------
 
 LOSSES = ["l0_loss", "l2_loss", "l1_loss", "aux_loss", "loss"]
+STYLE = """:root { color-scheme: light dark } .texts { text-align: left; white-space: pre-wrap }
+body { font: 15px/1.5 system-ui; max-width: 76em; margin: 2em auto; padding: 0 1em } h1 { font-size: 1.4em }
+table, .svg { display: block; overflow-x: auto; font-size: 13px; fill: currentColor; border-spacing: 0 }
+td, th { padding: .2em .6em; text-align: right; vertical-align: top; border-top: 1px solid #8884 }"""
 
 
 @torch.no_grad()
 def sums(losses):
     """What `metrics` needs of model.losses(...), in a vector that adds up over batches and processes."""
-    gram = lambda y: einsum(y, y, "row i d, row j d -> row i j").double().sum(0)
+    gram = lambda y: einsum(y, y, "row i d, row j d -> row i j").double().sum(0).flatten()
     rows = len(losses["x"]) * torch.stack([torch.ones_like(losses["loss"]), *(losses[key] for key in LOSSES)])
-    moments = gram(losses["error"]), gram(losses["x"]), losses["x"].sum(0)
-    return torch.cat([y.flatten() for y in (rows, *moments)])
+    return torch.cat([rows, gram(losses["error"]), gram(losses["x"]), losses["x"].sum(0).flatten()])
 
 
 def metrics(model, sums):
@@ -517,7 +496,7 @@ def latent_scaling(model, blocks, latents):
     nu_r and nu_epsilon [2, n] of the latents [n], by which Minder, Dumas et al. 2025 (arXiv 2504.02922) tell
     what one model alone has from what training only shrank in the other. beta is the least-squares factor of
     f * d, d being the decoder vector in the latent's own model, in a model's reconstruction (nu_r), or in its
-    error with the latent's part left in (nu_epsilon); nu is beta of the other model over beta of its own.
+    error with the latent's part left in (nu_epsilon); nu is beta of the other model over that of its own.
     """
     D = model.in_models(model.W_dec)[latents]
     n, own = torch.arange(len(D)), D.norm(dim=-1).argmax(dim=1)
@@ -532,14 +511,6 @@ def latent_scaling(model, blocks, latents):
     beta = einsum(sums, D[n, own], "kind latent model d, latent d -> kind latent model")
     beta[1] += squares[:, None] * einsum(D, D[n, own], "latent model d, latent d -> latent model")
     return beta[:, n, 1 - own] / beta[:, n, own]
-
-
-# --- Report -------------------------------------------------------------------------------------------------
-
-STYLE = """:root { color-scheme: light dark } .texts { text-align: left; white-space: pre-wrap; min-width: 16em }
-body { font: 15px/1.5 system-ui; max-width: 76em; margin: 2em auto; padding: 0 1em } h1 { font-size: 1.4em }
-table, .svg { display: block; overflow-x: auto; font-size: 13px; fill: currentColor; border-collapse: collapse }
-td, th { padding: .2em .6em; text-align: right; vertical-align: top; border-top: 1px solid #8884 }"""
 
 
 def pictures(table, rows, path):
@@ -595,6 +566,8 @@ def report(model, data, config, log, row, frequency):
 
 # --- Training -----------------------------------------------------------------------------------------------
 
+stop_signals = []  # received so far
+
 
 def schedule(step, config):
     """Factors of l1_coeff: linear from 0 in 5% of the steps; and of lr: that, and to 0 in the last 20%."""
@@ -607,8 +580,8 @@ def resolve(config):
     config, tokens = dict(config), config["steps"] * config["batch_size"]
     enough = config["variant"] == "vanilla" or config["k"] <= config["d_hidden"]
     fail(f"--k={config['k']} is larger than --d_hidden={config['d_hidden']}", unless=enough)
-    n = world()[1]
-    fail(f"--batch_size is no multiple of the {n} processes", unless=config["batch_size"] % n == 0)
+    n_processes = world()[1]
+    fail(f"--batch_size is no multiple of {n_processes}", unless=config["batch_size"] % n_processes == 0)
     if config["aux_coeff"] < 0:
         config["aux_coeff"] = 0.0 if config["variant"] == "vanilla" else 1 / 32
     config["dead_after"] = config["dead_after"] or min(-(-tokens // 20), 10_000_000)
@@ -712,7 +685,6 @@ def train(config, state=None):
         step += 1
         stop = reduce(model.scale.new_tensor(len(stop_signals))) > 0  # of any process
         due = lambda every, step=step: step == steps or (every and step % every == 0)
-
         if due(config["log_every"]):
             speed = batch_size * (step - logged_step) / (time.perf_counter() - logged_at)
             row = dict(tokens_per_second=speed, dead_latents=losses["dead"])
@@ -744,9 +716,6 @@ def train(config, state=None):
     return model
 
 
-stop_signals = []  # received so far
-
-
 def stop_soon(number, _):
     """Handler of a signal: training ends after its step, or at the second signal at once."""
     stop_signals.append(number)
@@ -761,9 +730,9 @@ def main(argv, state=None):
         defaults, values = collect.config | config, collect.allowed | allowed
     settings = defaults | read_command_line(defaults, values, argv, __file__)
     if settings["resume"] and not state:
-        path = Path(settings["out_dir"], "checkpoint.pt")
-        with explain(f"--out_dir: {path} is no checkpoint, or not whole"):
-            state = torch.load(path, map_location="cpu", weights_only=True)  # which runs no code
+        out = Path(settings["out_dir"])
+        with explain(f"--out_dir={out}: its checkpoint.pt is no checkpoint, or not whole"):  # runs no code:
+            state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
             saved = {key: value for key, value in state["config"].items() if key != "trust_remote_code"}
             state |= dict(rows=[dict(row) for row in state["rows"]], texts_read=int(state["texts_read"]))
         return main([f"--{key}={value}" for key, value in saved.items()] + argv, state)
