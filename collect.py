@@ -10,20 +10,16 @@ the same place, into a store that train.py reads.
     OUT/docs                  a row per text or per seq_len tokens of a longer one: input_ids, text (number)
     OUT/meta.json             models, hooks, d_model, tokens, scales, tokens dropped by reason, versions
 
-What is not finished is in OUT.building, itself a store of the shards so far; the same command goes on there.
-`train.py --data=stream` trains on the same rows without a disk.
+What is not finished is OUT.building, a store of the shards so far, and the same command goes on with it.
 """
 
 import contextlib
 import html
 import itertools
 import json
-import os
-import shutil
 import sys
 from collections import Counter
 from difflib import get_close_matches
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,7 +65,7 @@ config = dict(
 allowed = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
 allowed |= dict.fromkeys(["n_tokens", "seq_len", "texts_per_batch", "shuffle_rows"], range(1, 10**15))
 
-# --- Models -------------------------------------------------------------------------------------------------
+# --- Models and texts ---------------------------------------------------------------------------------------
 
 
 def load(key, config, device):
@@ -103,19 +99,13 @@ def hidden(output):
 
 @torch.no_grad()
 def activations(model, hook, input_ids, attention_mask):
-    """
-    Output of the module `hook` of an NNsight model, [batch, position, d_model]. The forward pass ends there.
-    input_ids and attention_mask [batch, position], padded on the right.
-    """
-    expected = f"--hook={hook} has no output [batch, position, d_model]"
-    with explain(expected):  # nnsight's own exceptions, for a module that is not called, such as a list
-        module = model.get(hook)
+    """Output of `hook` of an NNsight model [batch, position, d_model], of texts padded on the right."""
+    with explain(f"--hook={hook} has no output [batch, position, d_model]"):  # as a list of blocks
         with model.trace(input_ids=input_ids, attention_mask=attention_mask, use_cache=False) as tracer:
-            out = module.output.save()
-            tracer.stop()
-        out = hidden(out)
-    fail(f"{expected}, but {list(out.shape)}", unless=out.ndim == 3 and out.shape[:2] == input_ids.shape)
-    return out
+            out = model.get(hook).output.save()
+            tracer.stop()  # the forward pass ends there
+        np.testing.assert_equal((*hidden(out).shape[:2], hidden(out).ndim), (*input_ids.shape, 3))
+    return hidden(out)
 
 
 @torch.no_grad()
@@ -124,10 +114,9 @@ def cross_entropy(model, hook, input_ids, replacement=None):
     Mean next-token cross-entropy in nats of an NNsight model on a text, input_ids [1, position]; if
     `replacement` [position, d_model] is given, with that as the output of the module `hook`.
     """
-    module = model.get(hook)
     with model.trace(input_ids=input_ids, use_cache=False):
         if replacement is not None:
-            hidden(module.output)[0] = replacement
+            hidden(model.get(hook).output)[0] = replacement
         logits = model.output.logits.save()
     return nn.functional.cross_entropy(logits[0, :-1].double(), input_ids[0, 1:])
 
@@ -141,7 +130,7 @@ def loss_recovered(crosscoder, data, n_docs=16):
     config, device = data.meta | dict(trust_remote_code=False), crosscoder.scale.device
     hooks = zip(("base", "finetuned"), data.meta["hooks"])
     models = [(NNsight(load(key, config, device)[0]), hook) for key, hook in hooks]
-    sums, n_targets = torch.zeros(2, 3), 0
+    sums = torch.zeros(2, 4)  # of clean, spliced, zero and 1, over tokens
     for doc in np.unique(data.doc[data.n_train :])[:n_docs]:
         ids = torch.tensor([data.docs[int(doc)]], device=device)
         kept = torch.tensor(data.pos[data.doc == doc].astype(int), device=device)
@@ -150,16 +139,12 @@ def loss_recovered(crosscoder, data, n_docs=16):
         spliced[kept], zero[kept] = crosscoder(x[kept]).to(x.dtype), 0
         for m, pair in enumerate(models):
             losses = [cross_entropy(*pair, ids, y) for y in (None, spliced[:, m], zero[:, m])]
-            sums[m] += torch.stack(losses).cpu() * (ids.shape[1] - 1)
-        n_targets += ids.shape[1] - 1
+            sums[m] += torch.tensor([*losses, 1.0]) * (ids.shape[1] - 1)
     found = {}
-    for name, (clean, spliced, zero) in zip("AB", (sums / n_targets).tolist()):
+    for name, (clean, spliced, zero) in zip("AB", (sums[:, :3] / sums[:, 3:]).tolist()):
         found |= {f"ce_clean_{name}": clean, f"ce_spliced_{name}": spliced, f"ce_zero_{name}": zero}
         found[f"loss_recovered_{name}"] = (zero - spliced) / (zero - clean)
     return found
-
-
-# --- Text ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -182,10 +167,7 @@ def examples(crosscoder, data, latents):
 
 
 def read_docs(config, tokenizer, dropped):
-    """
-    (row of the source, ids) of its texts, those of over seq_len tokens in pieces. Long texts are tokenised
-    10,000 characters at a time. Rows without text are counted in dropped.
-    """
+    """(row of the source, ids) of its texts in pieces of up to seq_len tokens; counts the dropped rows."""
     name, path = config["text"], Path(config["text"])
     options = dict(truncation=True, max_length=config["seq_len"], return_overflowing_tokens=True)
     with explain(f"--text={name} cannot be read"):
@@ -209,10 +191,9 @@ def read_docs(config, tokenizer, dropped):
             with explain(where):
                 text = tokenizer.apply_chat_template(text, tokenize=False) if is_chat else text
             fail(f"{where} is neither a text nor messages: {text!r:.50}", unless=isinstance(text, str))
-            for start in range(0, len(text), 10_000):
-                part = [text[start : start + 10_000]]
-                pieces = tokenizer(part, add_special_tokens=not is_chat, **options)["input_ids"]
-                yield from ((number, ids) for ids in pieces if ids)
+            for start in range(0, len(text), 10_000):  # no tokenizer is given a book at once
+                pieces = tokenizer([text[start : start + 10_000]], add_special_tokens=not is_chat, **options)
+                yield from ((number, ids) for ids in pieces["input_ids"] if ids)
 
 
 # --- Harvest ------------------------------------------------------------------------------------------------
@@ -224,8 +205,7 @@ class Harvest:
     def __init__(self, config):
         self.device, self.bar, self.nothing = set_up(config["device"]), tqdm(disable=True), []
         pair = [load(key, config, self.device) for key in ("base", "finetuned")]
-        self.hooks = [find_hook(model, config) for model, _ in pair]
-        self.models = [NNsight(model) for model, _ in pair]
+        self.models = [(NNsight(model), find_hook(model, config)) for model, _ in pair]
         longest = min(getattr(model.config, "max_position_embeddings", 10**9) for model, _ in pair)
         if longest < config["seq_len"]:
             print(f"--seq_len={longest} is used: the models have no more positions", file=sys.stderr)
@@ -271,13 +251,11 @@ class Harvest:
             pos = torch.arange(ids.shape[1]).expand_as(ids)
             mask = pos < torch.tensor([len(text) for text in texts])[:, None]
             inputs = ids.to(self.device), mask.long().to(self.device)
-            outs = [activations(*pair, *inputs).float().cpu() for pair in zip(self.models, self.hooks)]
-            shapes = [list(out.shape) for out in outs]
-            fail(f"base and finetuned give {shapes[0]} and {shapes[1]}", unless=shapes[0] == shapes[1])
-            x = torch.stack(outs, dim=2)  # [batch, position, model, d_model]
-            norm, keep = x.norm(dim=-1), torch.ones_like(mask)
+            outs = [activations(*pair, *inputs).float().cpu() for pair in self.models]
+            with explain("base and finetuned are of different size at the hook"):
+                x = torch.stack(outs, dim=2)  # [batch, position, model, d_model]
+            norm, keep = x.norm(dim=-1), mask.clone()
             reasons = dict(
-                padding=~mask,
                 special_token=torch.isin(ids, self.special),
                 skipped_position=pos < self.config["skip_positions"],
                 over_float16=~(x.abs().amax((2, 3)) <= torch.finfo(torch.float16).max),  # nan and inf too
@@ -344,7 +322,7 @@ def write_shard(building, name, tables):
         for path, table in ((building / folder / name, table) for folder, table in tables.items()):
             path.parent.mkdir(exist_ok=True)
             undo.callback(path.unlink, missing_ok=True)
-            write_atomically(path, partial(write_arrow, pa.table(table)))
+            write_atomically(path, lambda part, table=table: write_arrow(pa.table(table), part))
         undo.pop_all()
 
 
@@ -352,10 +330,11 @@ def list_files(folder):
     """Makes a Hugging Face dataset, as of save_to_disk, of the Arrow files in the folder."""
     files = sorted(folder.glob("*.arrow"))
     Dataset.from_file(str(files[0])).info.write_to_directory(folder)
-    state = dict.fromkeys(["_fingerprint", "_format_columns", "_format_type", "_split"])
+    state = dict.fromkeys(
+        ["_fingerprint", "_format_columns", "_format_type", "_output_all_columns", "_split"]
+    )
     state |= dict(_data_files=[dict(filename=file.name) for file in files], _format_kwargs={})
-    text = json.dumps(state | dict(_output_all_columns=False))
-    write_atomically(folder / "state.json", lambda part: part.write_text(text))
+    write_atomically(folder / "state.json", lambda part: part.write_text(json.dumps(state)))
 
 
 def collect(config):
@@ -373,25 +352,19 @@ def collect(config):
         meta = json.loads((building / "meta.json").read_text())
         fail(f"{building} is of other arguments: delete it or give another", unless=meta == meta | same)
     harvest = Harvest(config)
-    need = (config["n_tokens"] - meta["tokens"]) * 2 * (2 * harvest.d_model + 12)  # bytes
-    free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
-    fail(f"--n_tokens takes {need / 1e9:.1f} GB more; free: {free / 1e9:.1f} GB", unless=need <= free)
-    building.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "transformers", "nnsight", "datasets")}
-    meta |= dict(hooks=harvest.hooks, d_model=harvest.d_model, versions=versions)
-    total, done = config["n_tokens"] // n_processes, meta["tokens"] // n_processes
-    harvest.bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, disable=rank > 0)
+    meta |= dict(hooks=[hook for _, hook in harvest.models], d_model=harvest.d_model, versions=versions)
+    building.mkdir(parents=True, exist_ok=True)
+    left = (config["n_tokens"] - meta["tokens"]) // n_processes
+    harvest.bar = tqdm(total=left, unit="tok", unit_scale=True, disable=rank > 0)
     size = lambda: min(config["shuffle_rows"] * n_processes, config["n_tokens"] - meta["tokens"])
     shards = harvest.shards(size, meta["docs"])
     while meta["tokens"] < config["n_tokens"] and (docs := next(shards, None)):
         meta = add_shard(harvest, building, docs, meta)
     harvest.bar.close()
     if rank == 0:
-        os.replace(building, out)
-        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        print(
-            f"{out}: {meta['tokens']} of {meta['n_tokens']} tokens, {size / 1e9:.2f} GB, of {harvest.hooks[0]}"
-        )
+        building.replace(out)
+        print(f"{out}: {meta['tokens']} of {meta['n_tokens']} tokens, of {meta['hooks'][0]}")
         print(f"dropped: {meta['dropped']}\nscale: {meta['scale']}")
 
 
