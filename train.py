@@ -250,10 +250,10 @@ def matrix(row, col, values, shape):
     return coo.to_dense() if len(values) > 0.04 * shape[0] * shape[1] else coo.to_sparse_csr()
 
 
-def times(matrix, dense, spare):
-    """matrix @ dense, into memory out of the list `spare`: new memory can cost more than the product."""
-    out = spare.pop() if spare else dense.new_empty(len(matrix), dense.shape[1])
-    return torch.addmm(out, matrix, dense, beta=0, out=out)
+def times(code, dense, spare):
+    """code @ dense, into memory out of the list `spare`: new memory can cost more than the product."""
+    out = spare.pop() if spare else dense.new_empty(len(code), dense.shape[1])
+    return torch.addmm(out, code, dense, beta=0, out=out)
 
 
 class SparseDecode(torch.autograd.Function):
@@ -537,7 +537,7 @@ def report(model, data, config, log, row, frequency):
     exclusive = table.kind.str.endswith("only")
     nu_r, nu_epsilon = latent_scaling(model, data.validation(), torch.tensor(table.index[exclusive].values))
     table.loc[exclusive, "nu_r"], table.loc[exclusive, "nu_epsilon"] = nu_r.tolist(), nu_epsilon.tolist()
-    table["confirmed"] = (table.nu_r < 0.5) & (table.nu_epsilon < 0.2)
+    table["confirmed"] = ((table.nu_r < 0.5) & (table.nu_epsilon < 0.2)).where(exclusive)
     verdict = f"of {len(frequency):,} latents {len(table):,} are alive"
     for kind in ("shared", "base-only", "fine-tuned-only"):
         verdict += f", {(table.kind == kind).sum():,} {kind}"
@@ -555,7 +555,8 @@ def report(model, data, config, log, row, frequency):
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style><h1>{verdict}</h1>
 <div class="svg">{pictures(table, log.rows, log.out / "report.svg")}</div>"""
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.4g}".format):
-        page += top.reset_index().to_html(index=False, escape=False, border=0, na_rep="")
+        top = top.dropna(axis=1, how="all").reset_index()
+        page += top.to_html(index=False, escape=False, border=0, na_rep="")
         page += pd.Series(data.meta | config | row).drop("resume").to_frame("the run").to_html(border=0)
     write_atomically(log.out / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
     log.wandb(lambda: wandb.log(dict(report=wandb.Html(page)), step=config["steps"]))
@@ -613,7 +614,7 @@ class Log:
         print("\n".join(f"{key} = {value!r}" for key, value in config.items()))
         self.file.writelines(json.dumps(row) + "\n" for row in self.rows)  # later ones come again
         options = dict(project=config["wandb_project"], mode=config["wandb_mode"], name=self.out.name)
-        options |= dict(id=state["wandb_id"], resume="allow", settings=wandb.Settings(silent=True))
+        options |= dict(id=state.get("wandb_id"), resume="allow", settings=wandb.Settings(silent=True))
         self.wandb(wandb.init, **options, config=config, dir=self.out)
 
     def wandb(self, call, *args, **options):
