@@ -211,7 +211,7 @@ def picked(model, x, guess):
     model.smallest.fill_(guess)
     product = model.scaled(x).flatten(1) @ model.W_enc.flatten(1).T
     with torch.no_grad():
-        return model.pick(lambda: product.split(7), model.decoder_norm(), model.since_fired[:0])[0]
+        return model.pick(lambda: product.split(7), model.decoder_norm(), model.since_fired[:0])[1:]
 
 
 @pytest.mark.parametrize("guess", [0.0, 1e-3, 1.0, 50.0, 1e9])

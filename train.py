@@ -246,8 +246,9 @@ def prefetched(data, steps):
 
 def matrix(row, col, values, shape):
     """The matrix of that shape with those values, sorted by row: CSR, or dense where that is as fast."""
-    coo = torch.sparse_coo_tensor(torch.stack([row, col]), values, shape, is_coalesced=True)
-    return coo.to_dense() if len(values) > 0.04 * shape[0] * shape[1] else coo.to_sparse_csr()
+    is_sparse = len(values) < 0.04 * shape[0] * shape[1]
+    coo = torch.sparse_coo_tensor(torch.stack([row, col]), values, shape, is_coalesced=is_sparse)
+    return coo.to_sparse_csr() if is_sparse else coo.to_dense()
 
 
 def times(code, dense, spare):
@@ -260,15 +261,16 @@ class SparseDecode(torch.autograd.Function):
     """
     code @ W_dec for the code whose entries at (row, col), sorted by row, are f = x @ W_enc.T + b_enc there;
     whoever chose them has computed f. Exact: what ReLU or TopK set to 0 has no gradient, so all that is left
-    out are dense autograd's products with 0. x [batch, d], W_enc and W_dec [d_hidden, d], row, col and f [n].
-    The gradients of W_enc and W_dec are put into the memory in `spare`. Returns f and [batch, d].
+    out are dense autograd's products with 0. x [batch, d], W_enc and W_dec [d_hidden, d], row, col and f [n];
+    row may be up to n_rows, a multiple of batch, over which x is repeated. Returns f and [n_rows, d]. The
+    gradients of W_enc and W_dec are put into the memory in `spare`.
     """
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, row, col, f, spare):
+    def forward(ctx, x, W_enc, b_enc, W_dec, row, col, f, n_rows, spare):
         ctx.spare = spare
         ctx.save_for_backward(x, W_dec, row, col, f)
-        starts = torch.searchsorted(row, torch.arange(len(x), device=row.device))
+        starts = torch.searchsorted(row, torch.arange(n_rows, device=row.device))
         return f.clone(), F.embedding_bag(col, W_dec, starts, per_sample_weights=f, mode="sum")
 
     @staticmethod
@@ -276,14 +278,14 @@ class SparseDecode(torch.autograd.Function):
         x, W_dec, row, col, f = ctx.saved_tensors
         at = col.int().argsort(stable=True)  # the transpose: sorted by column
         row, col, f, grad_f = row[at], col[at], f[at], grad_f[at]
-        code = matrix(col, row, f, (len(W_dec), len(x)))
+        code = matrix(col, row, f, (len(W_dec), len(grad)))
         if code.is_sparse_csr:
             grad_f += torch.sparse.sampled_addmm(code, W_dec, grad.T, beta=0).values()
         else:
             grad_f += (W_dec @ grad.T)[col, row]
-        grad_W_enc = times(matrix(col, row, grad_f, code.shape), x, ctx.spare)
+        grad_W_enc = times(matrix(col, row % len(x), grad_f, (len(W_dec), len(x))), x, ctx.spare)
         grad_b_enc, grad_W_dec = col.bincount(grad_f, len(W_dec)), times(code, grad, ctx.spare)
-        return None, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None
+        return None, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
 
 
 def largest(y, k):
@@ -354,7 +356,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     def encode(self, x):
         """Raw activations [batch, n_models, d_model] -> latent activations f [batch, d_hidden]."""
         product = self.scaled(x).flatten(1) @ self.W_enc.flatten(1).T
-        row, col, _ = self.pick(lambda: product.split(128), self.decoder_norm(), self.since_fired[:0])[0]
+        _, row, col, _ = self.pick(lambda: product.split(128), self.decoder_norm(), self.since_fired[:0])
         return torch.zeros_like(product).index_put((row, col), product[row, col] + self.b_enc[col])
 
     def decode(self, f):
@@ -368,11 +370,11 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def pick(self, products, norm, dead, k_aux=0):
         """
-        The active latents by variant and mode as (row, col, f), each [n]; alike, for the auxiliary loss,
-        those of the latents `dead`, numbered in it, with the k_aux largest pre-activations of a row.
-        products() yields x @ W_enc.T [rows, d_hidden], few rows at a time, still in the cache. In training
-        batchtopk keeps the k * batch largest scores f * norm of all processes, and their equals, without
-        sorting all: what is under 0.9 of the last batch's smallest is passed over, and looked at again if too
+        The active latents by variant and mode: their number n, and as (row, col, f), each [n + m], they and,
+        for the auxiliary loss, in rows after theirs, those of `dead` with the k_aux largest pre-activations
+        of a row. products() yields x @ W_enc.T [rows, d_hidden] while it is in the cache. In training
+        batchtopk keeps the k * batch largest scores f * norm of all processes, and their equals, without a
+        full sort: what is under 0.9 of the last batch's smallest is passed over, and looked at again if too
         few are left.
         """
         search = self.variant == "batchtopk" and self.training
@@ -387,7 +389,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
                 best.append((n_rows + row, col, product[row, col] + self.b_enc[col]))
                 pre = product[:, dead] + self.b_enc[dead]
                 row, col = largest(pre, k_aux)
-                aux.append((n_rows + row, col, pre[row, col]))
+                aux.append((n_rows + row, dead[col], pre[row, col]))
                 n_rows += len(product)
             row, col, f = map(torch.cat, zip(*best))
             score, n_keep = f * norm[col], self.k * n_rows * world()[1]
@@ -397,7 +399,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         if search and len(every):
             self.smallest.copy_(every.kthvalue(max(len(every) - n_keep, 0) + 1).values)
         keep = (score >= self.smallest if search else score > cut).nonzero().flatten()
-        return (row[keep], col[keep], f[keep]), list(map(torch.cat, zip(*aux)))
+        code, (aux_row, *aux) = (row[keep], col[keep], f[keep]), map(torch.cat, zip(*aux))
+        return len(keep), *(torch.cat(pair) for pair in zip(code, (n_rows + aux_row, *aux)))
 
     def losses(self, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead_after=torch.inf):
         """
@@ -412,15 +415,15 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         dead = (self.since_fired > dead_after).nonzero().flatten()
         blocks = x.split(1 + 10 * 2**20 // len(norm))  # 40 MB: [batch, d_hidden] is never whole
         products = lambda: (rows for block in blocks for rows in (block @ weights[0].T).split(128))
-        code, aux = self.pick(products, norm, dead, k_aux if aux_coeff else 0)
-        f, x_hat = SparseDecode.apply(x, *weights, *code, self.spare)
-        error, fired = x_hat + self.b_dec.flatten() - x, code[1].bincount(minlength=len(norm))
+        n, row, col, f = self.pick(products, norm, dead, k_aux if aux_coeff else 0)
+        f, x_hat = SparseDecode.apply(x, *weights, row, col, f, batch * (1 + (len(f) > n)), self.spare)
+        (x_hat, *e_hat), col = x_hat.split(batch), col[:n]
+        error, fired = x_hat + self.b_dec.flatten() - x, col.bincount(minlength=len(norm))
         mean_square = lambda y: y.norm(dim=1).square().mean()
         losses = dict(l2_loss=mean_square(error), l0_loss=fired.sum() / batch, aux_loss=error.new_zeros(()))
-        losses["l1_loss"] = torch.zeros_like(norm).index_add(0, code[1], f) @ norm / batch
-        if len(aux[0]):
-            e_hat = SparseDecode.apply(x, *(y[dead] for y in weights), *aux, [])[1]
-            losses["aux_loss"] = mean_square(error.detach() + e_hat) * min(len(dead) / k_aux, 1)
+        losses["l1_loss"] = torch.zeros_like(norm).index_add(0, col, f[:n]) @ norm / batch
+        if e_hat:
+            losses["aux_loss"] = mean_square(error.detach() + e_hat[0]) * min(len(dead) / k_aux, 1)
         l1_term = l1_coeff * losses["l1_loss"] if self.variant == "vanilla" else 0
         loss = losses["l2_loss"] + l1_term + aux_coeff * losses["aux_loss"]
         if self.training:
@@ -507,8 +510,7 @@ def latent_scaling(model, blocks, latents):
         y = torch.stack([x_hat, x - x_hat]) * model.scale[:, None]
         sums = sums + einsum(f[:, latents], y, "row latent, kind row model d -> kind latent model d")
         squares = squares + f[:, latents].square().sum(0)
-    # All betas are over the same squares * ||d||^2, which nu does not need.
-    beta = einsum(sums, D[n, own], "kind latent model d, latent d -> kind latent model")
+    beta = einsum(sums, D[n, own], "kind latent model d, latent d -> kind latent model")  # but for a factor
     beta[1] += squares[:, None] * einsum(D, D[n, own], "latent model d, latent d -> latent model")
     return beta[:, n, 1 - own] / beta[:, n, own]
 
@@ -519,9 +521,9 @@ def pictures(table, rows, path):
 
     shown = table[["relative_norm", "cosine"]].assign(log10_frequency=np.log10(table.frequency))
     curves = pd.DataFrame(rows, columns=["step", "loss", "explained_variance", "l0_loss"]).dropna()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8, "legend.frameon": False}):
         figure, (above, below) = pyplot.subplots(2, 3, figsize=(11, 4.5), layout="constrained")
-        shown.hist(ax=above, bins=50)
+        shown.hist(ax=above, bins=50, grid=False)
         pyplot.setp(above, yscale="symlog", ylabel="latents")
         above[0].set(xlim=(0, 1), title="relative_norm (0: base alone, 1: fine-tuned alone)")
         curves.plot(x="step", subplots=True, ax=below)
@@ -581,8 +583,7 @@ def resolve(config):
     config, tokens = dict(config), config["steps"] * config["batch_size"]
     enough = config["variant"] == "vanilla" or config["k"] <= config["d_hidden"]
     fail(f"--k={config['k']} is larger than --d_hidden={config['d_hidden']}", unless=enough)
-    n_processes = world()[1]
-    fail(f"--batch_size is no multiple of {n_processes}", unless=config["batch_size"] % n_processes == 0)
+    fail("--batch_size is no multiple of the processes", unless=config["batch_size"] % world()[1] == 0)
     if config["aux_coeff"] < 0:
         config["aux_coeff"] = 0.0 if config["variant"] == "vanilla" else 1 / 32
     config["dead_after"] = config["dead_after"] or min(-(-tokens // 20), 10_000_000)
