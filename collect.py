@@ -212,9 +212,7 @@ class Harvest:
         self.config = config | dict(seq_len=min(config["seq_len"], longest))
         ids_of_base, self.tokenizer = pair[0][1].get_vocab(), pair[1][1]
         differ = [t for t, i in self.tokenizer.get_vocab().items() if ids_of_base.get(t, i) != i]
-        fail(
-            f"the two models have different vocabularies: {', '.join(sorted(differ)[:5])}", unless=not differ
-        )
+        fail(f"the models have different vocabularies: {', '.join(sorted(differ)[:5])}", unless=not differ)
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.special = torch.tensor(sorted(special.union(self.tokenizer.all_special_ids)), dtype=torch.long)
         self.largest_norm = torch.full((2,), torch.inf)
@@ -290,6 +288,8 @@ class Stream:
             for docs in self.harvest.shards(lambda: self.config["shuffle_rows"] * world()[1], first_doc):
                 self.texts_read += len(docs)
                 yield self.harvest.run(docs, 0, *world())[0]["x"]
+            enough = self.texts_read >= world()[1]  # or a process would wait for rows for ever
+            fail(f"--text={self.config['text']}: too few texts for {world()[1]} processes", unless=enough)
             print(f"all {self.texts_read} texts are read: they come again", file=sys.stderr)
             first_doc = 0
 
@@ -330,9 +330,8 @@ def list_files(folder):
     """Makes a Hugging Face dataset, as of save_to_disk, of the Arrow files in the folder."""
     files = sorted(folder.glob("*.arrow"))
     Dataset.from_file(str(files[0])).info.write_to_directory(folder)
-    state = dict.fromkeys(
-        ["_fingerprint", "_format_columns", "_format_type", "_output_all_columns", "_split"]
-    )
+    unset = "_fingerprint _format_columns _format_type _output_all_columns _split"
+    state = dict.fromkeys(unset.split())
     state |= dict(_data_files=[dict(filename=file.name) for file in files], _format_kwargs={})
     write_atomically(folder / "state.json", lambda part: part.write_text(json.dumps(state)))
 

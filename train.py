@@ -193,13 +193,11 @@ class Store:
         what = f"--data={self.path}: neither toy, nor stream, nor a store of aligned rows of floats"
         with explain(what):
             self.stored = [load_from_disk(self.path / name).with_format("arrow") for name in self.names]
-            base, finetuned = (dataset.data for dataset in self.stored)
-            lengths = [pc.list_value_length(table.column("activation")) for table in (base, finetuned)]
+            base, finetuned = tables = [dataset.data for dataset in self.stored]
+            lengths = [pc.list_value_length(table.column("activation")) for table in tables]
             np.testing.assert_array_equal(*lengths, "lengths of the lists in base and finetuned")
             for name in {"token", "doc", "pos"}.intersection(base.column_names, finetuned.column_names):
-                np.testing.assert_array_equal(
-                    *(t.column(name).cast("int64") for t in (base, finetuned)), name
-                )
+                np.testing.assert_array_equal(*(t.column(name).cast("int64") for t in tables), name)
             self.n_rows, (self.d_model,) = len(base), lengths[0].unique().to_pylist()
             self.n_train = self.n_rows - config["val_tokens"]
             fail(f"{what}: only {self.n_rows} rows", unless=self.n_train >= config["batch_size"])
@@ -415,7 +413,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         dead = (self.since_fired > dead_after).nonzero().flatten()
         blocks = x.split(1 + 10 * 2**20 // len(norm))  # 40 MB: [batch, d_hidden] is never whole
         products = lambda: (rows for block in blocks for rows in (block @ weights[0].T).split(128))
-        n, row, col, f = self.pick(products, norm, dead, k_aux if aux_coeff else 0)
+        n, row, col, f = self.pick(products, norm, dead if aux_coeff else dead[:0], k_aux)
         f, x_hat = SparseDecode.apply(x, *weights, row, col, f, batch * (1 + (len(f) > n)), self.spare)
         (x_hat, *e_hat), col = x_hat.split(batch), col[:n]
         error, fired = x_hat + self.b_dec.flatten() - x, col.bincount(minlength=len(norm))
@@ -537,8 +535,10 @@ def report(model, data, config, log, row, frequency):
     """Writes OUT/report.html: what the models share, what each has alone, what changed, with its texts."""
     table = compare(model, frequency)
     exclusive = table.kind.str.endswith("only")
-    nu_r, nu_epsilon = latent_scaling(model, data.validation(), torch.tensor(table.index[exclusive].values))
-    table.loc[exclusive, "nu_r"], table.loc[exclusive, "nu_epsilon"] = nu_r.tolist(), nu_epsilon.tolist()
+    table["nu_r"] = table["nu_epsilon"] = np.nan
+    if exclusive.any():  # or else it would encode all held-out rows for nothing
+        nu = latent_scaling(model, data.validation(), torch.tensor(table.index[exclusive].values))
+        table.loc[exclusive, ["nu_r", "nu_epsilon"]] = nu.T.cpu().numpy()
     table["confirmed"] = ((table.nu_r < 0.5) & (table.nu_epsilon < 0.2)).where(exclusive)
     verdict = f"of {len(frequency):,} latents {len(table):,} are alive"
     for kind in ("shared", "base-only", "fine-tuned-only"):
@@ -690,10 +690,8 @@ def train(config, state=None):
         if due(config["log_every"]):
             speed = batch_size * (step - logged_step) / (time.perf_counter() - logged_at)
             row = dict(tokens_per_second=speed, dead_latents=losses["dead"])
-            row |= metrics(model, reduce(sums(losses))) | dict(
-                lr=lr, l1_coeff=l1_coeff, tokens=step * batch_size
-            )
-            row |= dict(threshold=model.threshold.item(), grad_norm=grad_norm.item())
+            row |= metrics(model, reduce(sums(losses))) | dict(threshold=model.threshold.item())
+            row |= dict(lr=lr, l1_coeff=l1_coeff, tokens=step * batch_size, grad_norm=grad_norm.item())
             log(step, row)
             logged_at, logged_step = time.perf_counter(), step
         if rank == 0 and config["val_tokens"] and due(config["eval_every"]):
