@@ -30,6 +30,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, load_dataset, load_from_disk
 from nnsight import NNsight
+from peft import PeftConfig
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,8 +41,8 @@ from train import explain, fail, read_command_line, set_up, world, write_atomica
 
 config = dict(
     # what
-    base="",  # the base model: a folder or a hub name
-    finetuned="",  # the model fine-tuned from it; its tokenizer and chat template are used for both
+    base="",  # the base model: a folder or a hub name; empty: the one that the adapter's config names
+    finetuned="",  # the model fine-tuned from it, or a LoRA adapter; its tokenizer (else base's) is for both
     layer=0,  # index of the block
     site="resid",  # resid (output of the block) or mlp (output of its MLP)
     hook="",  # any module's path, such as model.layers.3.self_attn, instead of layer and site
@@ -68,13 +69,23 @@ allowed |= dict.fromkeys(["n_tokens", "seq_len", "texts_per_batch", "shuffle_row
 # --- Models and texts ---------------------------------------------------------------------------------------
 
 
+def with_base(config):
+    """The config with the base that the adapter `finetuned` was trained on, if no base is given."""
+    name = config["finetuned"]
+    with explain(f"--base is missing, and --finetuned={name} is no adapter that names one"):
+        return config | dict(base=config["base"] or PeftConfig.from_pretrained(name).base_model_name_or_path)
+
+
 def load(key, config, device):
-    """The model and the tokenizer of config[key]."""
+    """The model and the tokenizer of config[key]; base's tokenizer if that has none, as many an adapter."""
     fail(f"--{key} is missing: expected a path or a hub name", unless=config[key])
     remote = dict(trust_remote_code=config["trust_remote_code"])
     with explain(f"--{key}={config[key]} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(config[key], dtype=config["dtype"], **remote)
-        return model.eval().to(device), AutoTokenizer.from_pretrained(config[key], **remote)
+        model = model.eval().to(device)
+        with contextlib.suppress(OSError, ValueError):
+            return model, AutoTokenizer.from_pretrained(config[key], **remote)
+        return model, AutoTokenizer.from_pretrained(config["base"], **remote)
 
 
 def find_hook(model, config):
@@ -275,7 +286,7 @@ class Stream:
     n_models, docs, meta = 2, None, {}
 
     def __init__(self, config, texts_read=0):
-        self.config, self.texts_read, self.harvest = config, texts_read, Harvest(config)
+        self.config, self.texts_read, self.harvest = config, texts_read, Harvest(with_base(config))
         self.d_model, self.generator = self.harvest.d_model, torch.Generator().manual_seed(config["seed"])
         self.rows = torch.empty(0, self.n_models, self.d_model, dtype=torch.half)
         self.shards = self.read(texts_read)
@@ -343,16 +354,17 @@ def collect(config):
     of those that are done is in the building folder's meta.json.
     """
     set_up(config["device"])
-    (rank, n_processes), out = world(), Path(config["out_dir"])
+    config, (rank, n_processes), out = with_base(config), world(), Path(config["out_dir"])
     fail(f"--out_dir={out} exists already: give another name", unless=not out.exists())
     building, same = out.with_name(out.name + ".building"), config | dict(processes=n_processes)
-    meta = same | dict(shards=0, docs=0, tokens=0, counts={}, tokenizer=config["finetuned"])
+    meta = same | dict(shards=0, docs=0, tokens=0, counts={})
     if (building / "meta.json").exists():
         meta = json.loads((building / "meta.json").read_text())
         fail(f"{building} is of other arguments: delete it or give another", unless=meta == meta | same)
     harvest = Harvest(config)
     versions = {name: version(name) for name in ("torch", "transformers", "nnsight", "datasets")}
     meta |= dict(hooks=[hook for _, hook in harvest.models], d_model=harvest.d_model, versions=versions)
+    meta["tokenizer"] = harvest.tokenizer.name_or_path
     building.mkdir(parents=True, exist_ok=True)
     left = (config["n_tokens"] - meta["tokens"]) // n_processes
     harvest.bar = tqdm(total=left, unit="tok", unit_scale=True, disable=rank > 0)

@@ -18,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a name that is not there f
 import datasets
 import hypothesis
 import numpy as np
+import peft
 import pyarrow as pa
 import pytest
 import torch
@@ -723,6 +724,27 @@ def test_texts_come_from_every_kind_of_source(pairs):
     assert read("chat.jsonl", seq_len=4) == [(0, [1, 4, 5, 1]), (0, [6])] and empty == dict(empty_text=3)
     Path("long.txt").write_text("w0 w1 w2 w3 w4")
     assert read("long.txt", seq_len=4) == [(0, [1, 3, 4, 5]), (0, [1, 6, 7])]
+
+
+def test_an_adapter_gives_the_rows_of_the_merged_model_and_names_its_base(pairs):
+    folder, _ = pairs["llama"]
+    base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    options = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, options)
+    adapted.save_pretrained("adapter")
+    adapted.merge_and_unload().save_pretrained("merged")
+    for file in Path(folder, "base").glob("*token*"):
+        Path("merged", file.name).write_bytes(file.read_bytes())
+    collect.collect(collect_config(folder, finetuned="merged", out_dir="expected"))
+    collect.collect(collect_config(folder, finetuned="adapter", base=""))
+    for name in ("base", "finetuned"):
+        a, b = (load_from_disk(f"{out}/{name}").to_dict() for out in ("acts", "expected"))
+        assert a["token"] == b["token"] and a["pos"] == b["pos"]
+        np.testing.assert_allclose(a["activation"], b["activation"], rtol=2e-3, atol=2e-5)
+    x = np.array([load_from_disk(f"acts/{name}")["activation"] for name in ("base", "finetuned")])
+    assert np.abs(x[0] - x[1]).max() > 0.01
+    run("--data=acts", "--out_dir=out", "--steps=20", "--val_tokens=300", "--ce_eval=True")
+    assert "val/loss_recovered_B" in metrics("out")[-1] and "w1" in Path("out/report.html").read_text()
 
 
 def test_a_stream_trains_and_its_batches_are_rows_of_both_models(pairs):
