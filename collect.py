@@ -7,7 +7,8 @@ the same place, into a store that train.py reads.
 
     OUT/base, OUT/finetuned   Hugging Face datasets, a row per token, row i of one being row i of the other:
                               activation (raw, float16[d_model]), token (id), doc (row in docs), pos (in it)
-    OUT/docs                  a row per text or per seq_len tokens of a longer one: input_ids, text (number)
+    OUT/docs                  a row per text, or per seq_len tokens of a longer one: input_ids, source, text
+                              (its number there)
     OUT/meta.json             models, hooks, d_model, tokens, scales, tokens dropped by reason, versions
 
 What is not finished is OUT.building, a store of the shards so far, and the same command goes on with it.
@@ -46,7 +47,8 @@ config = dict(
     layer=0,  # index of the block
     site="resid",  # resid (output of the block) or mlp (output of its MLP)
     hook="",  # any module's path, such as model.layers.3.self_attn, instead of layer and site
-    text="",  # a .txt (by paragraph), .jsonl, .csv or .parquet, a save_to_disk folder or a hub dataset
+    text="",  # a .txt (by paragraph), .jsonl, .csv, .parquet, save_to_disk folder or hub dataset; or A,B
+    text_share="",  # of A,B the shares of the tokens, such as 0.7,0.3; empty: equal ones
     text_column="",  # empty: text, or messages, which go through the chat template
     split="train",  # of a hub dataset
     # how much, and which
@@ -178,8 +180,26 @@ def examples(crosscoder, data, latents):
 
 
 def read_docs(config, tokenizer, dropped):
-    """(row of the source, ids) of its texts in pieces of up to seq_len tokens; counts the dropped rows."""
-    name, path = config["text"], Path(config["text"])
+    """(source, row in it, ids): each time of the source that lacks most of its share of tokens so far."""
+    names = [config["text"]] if Path(config["text"]).exists() else config["text"].split(",")
+    given = config["text_share"].split(",") if config["text_share"] else [1] * len(names)
+    with explain(f"--text_share={config['text_share']}: expected {len(names)} numbers over 0"):
+        share = pd.Series(given, names, float)
+        np.testing.assert_array_less(0, share)
+    sources = {name: read_source(name, config, tokenizer, dropped) for name in names}
+    taken = dict.fromkeys(names, 0)
+    while sources:
+        name = min(sources, key=taken.get)
+        if doc := next(sources[name], None):
+            taken[name] += len(doc[1]) / share[name]
+            yield name, *doc
+        else:  # the others go on
+            del sources[name]
+
+
+def read_source(name, config, tokenizer, dropped):
+    """(row, ids) of a source's texts in pieces of up to seq_len tokens; counts the dropped rows."""
+    path = Path(name)
     options = dict(truncation=True, max_length=config["seq_len"], return_overflowing_tokens=True)
     with explain(f"--text={name} cannot be read"):
         if path.is_file():
@@ -234,11 +254,11 @@ class Harvest:
         self.nothing, self.d_model = [{name: y[:0] for name, y in rows.items()}], rows["x"].shape[2]
 
     def shards(self, size, first_doc=0):
-        """From that doc on, lists of docs (text, ids) of size() tokens or just over, in the end of less."""
+        """From that doc on, lists of docs (source, row, ids) of size() tokens or just over, the last less."""
         self.empty, shard, n = Counter(), [], 0  # rows without a text, counted from the first
         for doc in itertools.islice(read_docs(self.config, self.tokenizer, self.empty), first_doc, None):
             shard.append(doc)
-            n += len(doc[1])
+            n += len(doc[2])
             if n >= size():
                 yield shard
                 shard, n = [], 0
@@ -247,11 +267,11 @@ class Harvest:
 
     def run(self, docs, first_doc=0, rank=0, n_processes=1):
         """
-        Of this process's share of docs [(text, ids)], whose numbers start at first_doc, the rows that are
-        kept: x [row, model, d_model] float16, norm [row, model], token, doc and pos [row]; and how many are
-        not, by the first reason that holds. Docs of like length go through the models together.
+        Of this process's share of docs [(source, row, ids)], whose numbers start at first_doc, the rows that
+        are kept: x [row, model, d_model] float16, norm [row, model], token, doc and pos [row]; and how many
+        are not, by the first reason that holds. Docs of like length go through the models together.
         """
-        docs = [(i, torch.tensor(ids)) for i, (_, ids) in enumerate(docs, first_doc)][rank::n_processes]
+        docs = [(i, torch.tensor(ids)) for i, (*_, ids) in enumerate(docs, first_doc)][rank::n_processes]
         docs.sort(key=lambda doc: len(doc[1]))
         parts, dropped, size = list(self.nothing), Counter(), self.config["texts_per_batch"]
         for start in range(0, len(docs), size):
@@ -392,7 +412,7 @@ def add_shard(harvest, building, docs, meta):
         flat = pa.array(rows["x"][:, model].flatten().numpy())
         tables[name] = dict(activation=pa.FixedSizeListArray.from_arrays(flat, harvest.d_model)) | index
     if rank == 0:
-        tables["docs"] = dict(input_ids=[ids for _, ids in docs], text=[text for text, _ in docs])
+        tables["docs"] = dict(zip(("source", "text", "input_ids"), map(list, zip(*docs))))
     write_shard(building, f"data-{shard:05d}-{rank:03d}.arrow", tables)
     norms = dict(zip(("norm_base", "norm_finetuned"), rows["norm"].double().sum(0).tolist()))
     counts = sum(gather_object([Counter(tokens=kept, **norms, **dropped)]), Counter(meta["counts"]))

@@ -705,9 +705,12 @@ def test_texts_come_from_every_kind_of_source(pairs):
     folder, texts = pairs["llama"]
     tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
     empty = collect.Counter()
-    read = lambda text, **changes: list(
-        collect.read_docs(collect_config(folder, text=text, **dict(seq_len=64) | changes), tokenizer, empty)
-    )
+    read = lambda text, **changes: [
+        doc[1:]
+        for doc in collect.read_docs(
+            collect_config(folder, text=text, **dict(seq_len=64) | changes), tokenizer, empty
+        )
+    ]
     expected = [(i, tokenizer(text)["input_ids"]) for i, text in enumerate(texts[:3])]
     Path("a.txt").write_text("\n\n".join(texts[:3]))
     Dataset.from_dict(dict(text=texts[:3])).save_to_disk("saved")
@@ -724,6 +727,29 @@ def test_texts_come_from_every_kind_of_source(pairs):
     assert read("chat.jsonl", seq_len=4) == [(0, [1, 4, 5, 1]), (0, [6])] and empty == dict(empty_text=3)
     Path("long.txt").write_text("w0 w1 w2 w3 w4")
     assert read("long.txt", seq_len=4) == [(0, [1, 3, 4, 5]), (0, [1, 6, 7])]
+
+
+def test_several_texts_are_drawn_in_their_shares_and_docs_say_from_which(pairs, capsys):
+    folder, _ = pairs["llama"]
+    for name, word in (("a", "w1"), ("b", "w2"), ("c", "w3")):
+        rows = [
+            json.dumps(dict(text=" ".join([word] * (5 + i % 7)))) for i in range(30 if name == "c" else 400)
+        ]
+        Path(f"{name}.jsonl").write_text("\n".join(rows))
+    given = dict(text="a.jsonl,b.jsonl", text_share="0.7,0.3", skip_positions=1)
+    collect.collect(collect_config(folder, **given, n_tokens=2000))
+    token = np.array(load_from_disk("acts/base")["token"])
+    assert abs((token == 4).mean() - 0.7) < 0.02 and abs((token == 5).mean() - 0.3) < 0.02
+    docs = load_from_disk("acts/docs")
+    assert set(docs["source"]) == {"a.jsonl", "b.jsonl"}
+    assert all(
+        ids[1] == (4 if source == "a.jsonl" else 5) for source, ids in zip(docs["source"], docs["input_ids"])
+    )
+    collect.collect(collect_config(folder, text="a.jsonl,c.jsonl", n_tokens=2000, out_dir="ended"))
+    assert (np.array(load_from_disk("ended/base")["token"]) == 6).sum() < 300, "c has ended; a goes on"
+    for share in ("1", "1,x", "0,1"):
+        config = collect_config(folder, **given | dict(text_share=share), out_dir="no")
+        assert "--text_share" in error_of(capsys, collect.collect, config)
 
 
 def test_an_adapter_gives_the_rows_of_the_merged_model_and_names_its_base(pairs):
