@@ -293,6 +293,40 @@ def test_explained_variance_is_a_ratio_of_sums_and_adds_up_over_batches(basis):
     model = crosscoder("vanilla", basis=basis)
     x = torch.randn(60, 2, 8).double() * torch.linspace(0.1, 5, 60)[:, None, None] + 10
     x_hat = x + 0.3 * torch.randn_like(x)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_dedicated_latent_is_and_stays_of_one_model_alone(variant):
+    options = f"--variant={variant} --dedicated=0.1 --steps=30 --save_every=10 --dead_after=200".split()
+    model = run(*options, "--aux_coeff=0.1", "--l1_coeff=0.1", "--out_dir=out")
+    state = torch.load("out/checkpoint.pt", weights_only=True)
+    for W in (model.W_enc, model.W_dec, W_grads(model), state["moments"][0]["exp_avg"]):
+        norm = W.norm(dim=-1)  # of 48 latents 5 are A's, 5 are B's
+        assert not norm[:5, 1].any() and not norm[5:10, 0].any()
+        assert norm[:5, 0].all() and norm[5:10, 1].all() and norm[10:].all()
+    loaded = train.CrossCoder.from_pretrained("out")
+    assert torch.equal(loaded.owned, model.owned) and (loaded.owned == 0).sum() == 10
+    loaded.train().losses(train.Toy(dict(seed=0)).rows(1, 100))["loss"].backward()
+    assert not loaded.W_dec.grad[:5, 1].any() and not loaded.W_enc.grad[5:10, 0].any(), "also by hand"
+
+
+def W_grads(model):
+    """Gradients that the auxiliary loss and L1 reach, of all latents, [d_hidden, n_models, d_model]."""
+    model.since_fired.fill_(10**6)
+    model.zero_grad()
+    losses = model.train().losses(train.Toy(dict(seed=0)).rows(1, 500), 1.0, 1.0, 48, 10)
+    losses["loss"].backward()
+    return model.W_enc.grad
+
+
+def test_dedicated_latents_are_of_the_plain_basis_and_of_the_run(capsys):
+    assert "--dedicated" in error_of(capsys, run, "--dedicated=0.1", "--basis=delta")
+    assert "--dedicated" in error_of(capsys, run, "--dedicated=0.6")
+    run("--dedicated=0.1", "--steps=5", "--out_dir=out")
+    again = ["--resume=True", "--out_dir=out", "--steps=10"]
+    assert "--dedicated" in error_of(capsys, train.main, [*again, "--dedicated=0.2"])
+    train.main(again)
+    assert metrics("out")[-1]["step"] == 10
+
+
     blocks = zip(*(model.scaled(y).split(25) for y in (x, x_hat)))
     losses = {name: torch.tensor(2.0) for name in train.LOSSES}
     row = train.metrics(model, sum(train.sums(losses | dict(x=a, error=b - a)) for a, b in blocks))
@@ -1000,6 +1034,9 @@ def test_splicing_what_is_there_gives_exactly_the_clean_loss(pairs):
 
     class Identity:
         scale = torch.ones(2)
+    run(*options, "--dedicated=0.4", "--out_dir=dedicated")  # so many that the shared ones do not suffice
+    said = re.search("of ([0-9]+) dedicated ones that are alive ([0-9]+) are", capsys.readouterr().out)
+    assert int(said[1]) > 10 and int(said[2]) == 0, said
         __call__ = staticmethod(lambda x: x)
 
     row = collect.loss_recovered(Identity(), train.Store(store_config(data="acts")))

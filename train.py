@@ -62,6 +62,7 @@ config = dict(
     basis="plain",  # plain: of (A, B); delta: of (A, B - A), made as large as A, for narrow fine-tunes
     d_hidden=512,  # latents
     k=32,  # active latents per token: of each (topk), on average over the batch (batchtopk)
+    dedicated=0.0,  # share of the latents that belong to A alone, and as many to B alone, by construction
     l1_coeff=2.0,  # weight of the L1 term (vanilla)
     aux_coeff=-1.0,  # weight of the auxiliary loss on dead latents; -1: 1/32, or 0 for vanilla
     k_aux=64,  # dead latents per token that the auxiliary loss uses
@@ -301,14 +302,21 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     from raw activations to what the parameters are of: diag(scale), or in the basis "delta" to A and to B - A
     made as large; threshold [], what a score f * norm must exceed in batchtopk's inference (eval mode), so
     that a token's code does not depend on its batch; and of training, smallest [], the last batch's smallest
-    score, and since_fired [d_hidden], the tokens since each latent fired.
+    score, and since_fired [d_hidden], the tokens since each latent fired. The first dedicated * d_hidden
+    latents are the first model's alone, as many the next one's: `owned` [d_hidden, n_models, 1] is 0 where a
+    weight is 0 and stays so (Dedicated Feature Crosscoder, arXiv 2602.11729).
     """
 
-    def __init__(self, n_models: int, d_model: int, d_hidden: int, variant="batchtopk", k=32, basis="plain"):
+    def __init__(self, n_models, d_model, d_hidden, variant="batchtopk", k=32, basis="plain", dedicated=0.0):
         super().__init__()
         self.variant, self.k, self.basis, self.spare = variant, k, basis, []
-        self.W_dec = nn.Parameter(0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1))
-        self.W_enc = nn.Parameter(self.W_dec.detach().clone())
+        own = torch.eye(n_models).repeat_interleave(round(dedicated * d_hidden), dim=0)
+        own = F.pad(own, (0, 0, 0, d_hidden - len(own)), value=1)[..., None]
+        self.owned = nn.Buffer(own, persistent=False)
+        W_dec = 0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1) * self.owned
+        self.W_dec, self.W_enc = nn.Parameter(W_dec), nn.Parameter(W_dec.clone())
+        for W in (self.W_dec, self.W_enc) if dedicated else ():
+            W.register_hook(lambda grad: grad * self.owned)
         self.b_enc = nn.Parameter(torch.zeros(d_hidden))
         self.b_dec = nn.Parameter(torch.zeros(n_models, d_model))
         self.scale, self.mix = nn.Buffer(torch.ones(n_models)), nn.Buffer(torch.eye(n_models))
@@ -482,9 +490,10 @@ def validate(model, data, l1_coeff):
 def compare(model, frequency):
     """A DataFrame of the latents whose firing frequency [d_hidden] is over 0, by their decoder vectors."""
     D = model.in_models(model.W_dec)
-    norm, cosine = D.norm(dim=-1), F.cosine_similarity(D[:, 0], D[:, 1], dim=-1)
-    change = (D[:, 1] - D[:, 0]).norm(dim=-1) / norm.sum(1)
-    columns = dict(relative_norm=norm[:, 1] / norm.sum(1), cosine=cosine, change=change, frequency=frequency)
+    norm, size = D.norm(dim=-1), (D[:, 1] - D[:, 0]).norm(dim=-1)
+    columns = dict(relative_norm=norm[:, 1] / norm.sum(1), change=size / norm.sum(1), frequency=frequency)
+    columns["cosine"] = F.cosine_similarity(D[:, 0], D[:, 1], dim=-1)
+    columns["carries"] = frequency * (columns["change"] if model.basis == "delta" else size)
     table = pd.DataFrame({name: y.cpu() for name, y in columns.items()}).rename_axis("latent")
     kinds = ["base-only", "uneven", "shared", "uneven", "fine-tuned-only"]
     table["kind"] = np.array(kinds)[np.digitize(table.relative_norm, [0.1, 0.4, 0.6, 0.9])]
@@ -543,7 +552,14 @@ def report(model, data, config, log, row, frequency):
     verdict = f"of {len(frequency):,} latents {len(table):,} are alive"
     for kind in ("shared", "base-only", "fine-tuned-only"):
         verdict += f", {(table.kind == kind).sum():,} {kind}"
-    verdict += f", {table.confirmed.sum():,} confirmed" if exclusive.any() else ": no exclusive latents"
+    none = "" if (in_delta := model.basis == "delta") else ": no exclusive latents"
+    verdict += f", {table.confirmed.sum():,} confirmed" if exclusive.any() else none
+    if in_delta:
+        half = 1 + np.searchsorted(table.carries.sort_values()[::-1].cumsum(), table.carries.sum() / 2)
+        verdict += f"; {half:,} of them carry half of the change"
+    if config["dedicated"]:
+        own = table.confirmed[~model.owned.all(1).flatten().cpu().numpy()[table.index]]
+        verdict += f"; of {len(own):,} dedicated ones that are alive {own.sum():,} are confirmed"
     often = table[table.frequency >= min(20 / config["val_tokens"], 0.01)]
     top = often.sort_values(["confirmed", "change"], ascending=False).groupby("kind").head(20)
     if data.docs:
@@ -606,6 +622,8 @@ def write_atomically(path, write):
 
 class Log:
     """Rows of metrics: one short line on the terminal, all of it in OUT/metrics.jsonl and wandb."""
+    plain = config["basis"] == "plain"
+    fail("--dedicated is at most 0.5, in the plain basis only", unless=config["dedicated"] <= 0.5 * plain)
 
     def __init__(self, config, state):
         self.out, self.rows = Path(config["out_dir"]), state["rows"]
@@ -645,7 +663,7 @@ def build(config, state, device):
         data = Toy(config) if config["data"] == "toy" else Store(config)
     fail("--ce_eval=True takes a store that collect.py wrote", unless=data.docs or not config["ce_eval"])
     with explain("data, config and checkpoint do not fit each other"):
-        options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis")}
+        options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis", "dedicated")}
         model = CrossCoder(data.n_models, data.d_model, **options).to(device)
         betas = config["beta1"], config["beta2"]
         optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
@@ -736,8 +754,9 @@ def main(argv, state=None):
             saved = {key: value for key, value in state["config"].items() if key != "trust_remote_code"}
             state |= dict(rows=[dict(row) for row in state["rows"]], texts_read=int(state["texts_read"]))
         return main([f"--{key}={value}" for key, value in saved.items()] + argv, state)
-    same = not state or settings["basis"] == state["config"].get("basis")
-    fail(f"--basis={settings['basis']}: this run has another, and resuming cannot change it", unless=same)
+    config_then = defaults | (state["config"] if state else settings)
+    same = all(settings[key] == config_then[key] for key in ("basis", "dedicated"))
+    fail("--basis or --dedicated is not this run's, and resuming cannot change it", unless=same)
     return train(settings, state)
 
 
