@@ -122,42 +122,59 @@ def activations(model, hook, input_ids, attention_mask):
 
 
 @torch.no_grad()
-def cross_entropy(model, hook, input_ids, replacement=None):
+def log_probabilities(model, hook, input_ids, output):
     """
-    Mean next-token cross-entropy in nats of an NNsight model on a text, input_ids [1, position]; if
-    `replacement` [position, d_model] is given, with that as the output of the module `hook`.
+    Next-token log-probabilities [position - 1, vocabulary] of an NNsight model on a text, input_ids [1,
+    position], with `output` [position, d_model] in place of that of the module `hook`.
     """
     with model.trace(input_ids=input_ids, use_cache=False):
-        if replacement is not None:
-            hidden(model.get(hook).output)[0] = replacement
+        hidden(model.get(hook).output)[0] = output
         logits = model.output.logits.save()
-    return nn.functional.cross_entropy(logits[0, :-1].double(), input_ids[0, 1:])
+    return logits[0, :-1].float().log_softmax(-1)
 
 
-def loss_recovered(crosscoder, data, n_docs=16):
+@torch.no_grad()
+def splice(crosscoder, data, latents, n_docs=16):
     """
-    Metrics of both models on texts of held-out rows of the Store `data`: cross-entropy per token as it is
-    (clean), with the crosscoder's reconstruction spliced in at the hook, and with 0 there; loss_recovered is
-    (zero - spliced) / (zero - clean). Positions that the store left out, as the first, stay as they are.
+    What splicing into the models at the hook does to them, in nats per token of texts of held-out rows of the
+    Store `data`. Of both, cross-entropy as they are (ce_clean), with the crosscoder's reconstruction
+    (ce_spliced) and with 0 (ce_zero); loss_recovered is (zero - spliced) / (zero - clean). And how far the
+    base model is from the fine-tuned one, by KL divergence, as it is (kl_clean_A), with all of B's activation
+    (kl_all_of_B), and for each {name: list} of latents with what those say that B has more, the sum of
+    f (d_B - d_A), added (kl_NAME); recovered_NAME is (clean_A - NAME) / (clean_A - all_of_B). Where the
+    store has no row, as at the first position, no reconstruction, 0 or sum is put.
     """
     config, device = data.meta | dict(trust_remote_code=False), crosscoder.scale.device
     hooks = zip(("base", "finetuned"), data.meta["hooks"])
     models = [(NNsight(load(key, config, device)[0]), hook) for key, hook in hooks]
-    sums = torch.zeros(2, 4)  # of clean, spliced, zero and 1, over tokens
+    D, sums, n_tokens = crosscoder.unscaled(crosscoder.W_dec), Counter(), 0
     for doc in np.unique(data.doc[data.n_train :])[:n_docs]:
         ids = torch.tensor([data.docs[int(doc)]], device=device)
         kept = torch.tensor(data.pos[data.doc == doc].astype(int), device=device)
         x = torch.stack([activations(*pair, ids, torch.ones_like(ids))[0] for pair in models], dim=1)
-        spliced, zero = x.clone(), x.clone()  # [position, model, d_model]
-        spliced[kept], zero[kept] = crosscoder(x[kept]).to(x.dtype), 0
-        for m, pair in enumerate(models):
-            losses = [cross_entropy(*pair, ids, y) for y in (None, spliced[:, m], zero[:, m])]
-            sums[m] += torch.tensor([*losses, 1.0]) * (ids.shape[1] - 1)
-    found = {}
-    for name, (clean, spliced, zero) in zip("AB", (sums[:, :3] / sums[:, 3:]).tolist()):
-        found |= {f"ce_clean_{name}": clean, f"ce_spliced_{name}": spliced, f"ce_zero_{name}": zero}
-        found[f"loss_recovered_{name}"] = (zero - spliced) / (zero - clean)
-    return found
+        f, spliced, zero = crosscoder.encode(x[kept]), x.clone(), x.clone()  # [position, model, d_model]
+        spliced[kept], zero[kept] = crosscoder.decode(f).to(x.dtype), 0
+        whole = dict(clean=x, spliced=spliced, zero=zero)
+        runs = {f"{name}_{'AB'[m]}": (m, y[:, m]) for m in (1, 0) for name, y in whole.items()}
+        runs["all_of_B"] = 0, x[:, 1]
+        for name, j in latents.items():
+            runs[name] = 0, x[:, 0].clone()
+            runs[name][1][kept] += (f[:, j] @ (D[j, 1] - D[j, 0])).to(x.dtype)
+        for name, (m, output) in runs.items():
+            log_p = log_probabilities(*models[m], ids, output)
+            if name == "clean_B":  # the first
+                finetuned = log_p
+            ce = nn.functional.nll_loss(log_p, ids[0, 1:], reduction="sum").item()
+            kl = nn.functional.kl_div(log_p, finetuned, log_target=True, reduction="sum").item()
+            sums[name] += np.array([ce, kl])
+        n_tokens += len(log_p)
+    table = pd.DataFrame(sums, ["ce", "kl"]) / n_tokens
+    ce, kl = table.loc["ce"][:6], table.loc["kl"][["clean_A", "all_of_B", *latents]]
+    clean, spliced, zero = ce.to_numpy().reshape(2, 3).T
+    row = dict(zip(("loss_recovered_B", "loss_recovered_A"), ((zero - spliced) / (zero - clean)).tolist()))
+    change = (kl.clean_A - kl[[*latents]]) / (kl.clean_A - kl.all_of_B)
+    named = change.add_prefix("recovered_"), ce.add_prefix("ce_"), kl.add_prefix("kl_")
+    return row | pd.concat(named).to_dict()
 
 
 @torch.no_grad()

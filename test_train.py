@@ -1,4 +1,7 @@
-"""pytest test_train.py: needs no network, no GPU, and a minute or two on two cores."""
+"""
+pytest test_train.py: needs no network, no GPU, and a few minutes on two cores.
+pytest -m benchmark: a backdoor planted in a real model, which BENCHMARK_MODEL names, and who finds it.
+"""
 
 import ast
 import copy
@@ -13,7 +16,7 @@ import time
 import types
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: a name that is not there fails at once
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read on import: a name that is not there fails at once
 
 import datasets
 import hypothesis
@@ -28,13 +31,13 @@ from datasets import Dataset, load_from_disk
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 import collect
 import train
 
 HERE = Path(__file__).parent
-VARIANTS = ["vanilla", "topk", "batchtopk"]
+NAMES, VARIANTS = ("base", "finetuned"), ["vanilla", "topk", "batchtopk"]
 
 
 @pytest.fixture(autouse=True)
@@ -288,11 +291,6 @@ def test_aux_loss_reaches_dead_latents_only_and_negative_pre_activations_too():
     assert torch.equal(model.b_dec.grad, aux_free.b_dec.grad)
 
 
-@pytest.mark.parametrize("basis", ["plain", "delta"])
-def test_explained_variance_is_a_ratio_of_sums_and_adds_up_over_batches(basis):
-    model = crosscoder("vanilla", basis=basis)
-    x = torch.randn(60, 2, 8).double() * torch.linspace(0.1, 5, 60)[:, None, None] + 10
-    x_hat = x + 0.3 * torch.randn_like(x)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_dedicated_latent_is_and_stays_of_one_model_alone(variant):
     options = f"--variant={variant} --dedicated=0.1 --steps=30 --save_every=10 --dead_after=200".split()
@@ -327,6 +325,11 @@ def test_dedicated_latents_are_of_the_plain_basis_and_of_the_run(capsys):
     assert metrics("out")[-1]["step"] == 10
 
 
+@pytest.mark.parametrize("basis", ["plain", "delta"])
+def test_explained_variance_is_a_ratio_of_sums_and_adds_up_over_batches(basis):
+    model = crosscoder("vanilla", basis=basis)
+    x = torch.randn(60, 2, 8).double() * torch.linspace(0.1, 5, 60)[:, None, None] + 10
+    x_hat = x + 0.3 * torch.randn_like(x)
     blocks = zip(*(model.scaled(y).split(25) for y in (x, x_hat)))
     losses = {name: torch.tensor(2.0) for name in train.LOSSES}
     row = train.metrics(model, sum(train.sums(losses | dict(x=a, error=b - a)) for a, b in blocks))
@@ -371,7 +374,32 @@ def test_toy_is_a_function_of_seed_and_step_with_the_frequencies_it_says():
     assert torch.equal(toy.batch(5), train.Toy(config).batch(5))
     assert not torch.equal(toy.batch(5), toy.batch(6))
     assert not torch.equal(toy.batch(5), train.Toy(config | dict(seed=4)).batch(5))
-    assert toy.frequency.sum().item() == pytest.approx(28, rel=1e-4) and toy.frequency.max() < 1
+    assert toy.chance.sum().item() == pytest.approx(28, rel=1e-4) and toy.chance.max() < 1
+
+
+def activity(toy, rows):
+    """Which planted features are active [row, feature], read off rows of a toy with orthogonal directions."""
+    toy.d_model = len(toy.kind)
+    toy.directions = torch.eye(toy.d_model)[:, None].repeat(1, 2, 1)
+    return toy.rows(0, rows)[:, 0] > 0.2
+
+
+def test_the_hard_toy_has_zipf_frequencies_nested_features_and_turned_ones():
+    toy = train.HardToy(dict(seed=3, batch_size=32, val_tokens=64))
+    size, cosine = toy.directions.norm(dim=-1), F.cosine_similarity(*toy.directions.unbind(1), dim=-1)
+    for kind, (n, a, b, _) in toy.kinds.items():
+        of_kind = torch.from_numpy(toy.kind == kind)
+        assert of_kind.sum() == n and torch.allclose(size[of_kind], torch.tensor([a, b]).float())
+    for kind, degrees in (("shared", 11), ("turned shared", 60)):
+        angles = cosine[torch.from_numpy(toy.kind == kind)].arccos().rad2deg()
+        assert (angles.mean() - degrees).abs() < 3
+    active = activity(toy, 100_000)
+    rank = active.float().mean(0).sort(descending=True).values
+    for r in (1, 10, 50, 150, 256):
+        assert rank[r - 1] == pytest.approx(0.5 / (1 + 99 * (r - 1) / 255), rel=0.15)  # 1 / rank, 1 to 100
+    nested = toy.parent != torch.arange(256)
+    assert nested.sum() == 128 and not (active & ~active[:, toy.parent]).any()
+    assert len(set(toy.parent[nested].tolist())) <= 16 and not nested[toy.parent].any()
 
 
 def test_a_new_model_scales_each_model_to_a_mean_norm_of_sqrt_d_model_and_the_difference_to_as_much():
@@ -393,19 +421,21 @@ def test_toy_score_counts_what_a_perfect_and_a_spoilt_dictionary_recover():
     model = train.CrossCoder(2, toy.d_model, 256, "topk", 28)
     model.W_dec.data.copy_(toy.directions)
     alive = torch.full((256,), 28 / 256)
-    score = toy.score(model, train.compare(model, alive))
-    assert score.loc["shared"].tolist() == [192, 192, 192, 0]
-    assert score.loc["base-only"].tolist() == score.loc["fine-tuned-only"].tolist() == [32, 32, 32, 0]
+    table = lambda: train.compare(model, alive).assign(confirmed=lambda table: table.kind == "base-only")
+    score = toy.score(model, table())
+    assert score.loc["shared"].tolist() == [192, 192, 192, 0, 0]
+    assert score.loc["base-only"].tolist() == [32, 32, 32, 0, 32]
+    assert score.loc["fine-tuned-only"].tolist() == [32, 32, 32, 0, 0]
     model.W_dec.data[200] = torch.stack([torch.randn(toy.d_model), torch.zeros(toy.d_model)])  # a false one
     alive[0] = 0
-    score = toy.score(model, train.compare(model, alive))
-    assert score.columns.tolist() == ["planted", "recovered", "latents", "false"]
-    assert score.loc["shared"].tolist() == [192, 191, 191, 0] and score.loc["base-only"].tolist() == [
-        32,
-        31,
-        32,
-        1,
-    ]
+    score = toy.score(model, table())
+    assert score.columns.tolist() == ["planted", "recovered", "latents", "false", "confirmed"]
+    assert score.loc["shared"].tolist() == [192, 191, 191, 0, 0]
+    assert score.loc["base-only"].tolist() == [32, 31, 32, 1, 32]
+    hard = train.HardToy(dict(seed=0))
+    model.W_dec.data.copy_(hard.directions)
+    score = hard.score(model, train.compare(model, torch.ones(256)).assign(confirmed=False))
+    assert score.recovered.to_dict() == {kind: n for kind, (n, *_) in hard.kinds.items()}
 
 
 # --- Loader -------------------------------------------------------------------------------------------------
@@ -940,13 +970,14 @@ def test_the_scripts_run_from_another_folder_by_themselves(pairs):
 def test_latent_scaling_equals_a_least_squares_fit_of_every_latent(basis):
     model = crosscoder("batchtopk", basis=basis).eval()
     model.threshold.fill_(0.8)
-    x, latents = torch.randn(50, 2, 8).double(), torch.tensor([3, 11, 12, 39])
+    x, latents = torch.randn(50, 2, 8).double(), [3, 11, 12, 39]
     blocks = x.split(20)
     found = train.latent_scaling(model, blocks, latents)
     f, D = model.encode(x).detach().numpy(), model.in_models(model.W_dec).detach().numpy()
     x_hat = model.in_models(model.scaled(model(x))).detach().numpy()
     error = model.in_models(model.scaled(x)).numpy() - x_hat
-    for j, nu in zip(latents.tolist(), found.T.tolist()):
+    assert train.latent_scaling(model, None, []).empty
+    for j, nu in zip(latents, found.values.tolist()):
         own = np.linalg.norm(D[j], axis=-1).argmax()
         regressor = np.outer(f[:, j], D[j, own]).reshape(-1, 1)
         assert (f[:, j] > 0).sum() > 2
@@ -982,7 +1013,7 @@ def test_a_fine_tuning_that_adds_a_direction_to_some_tokens_is_found_and_confirm
     assert cosine.max() > 0.9
     assert 2 * (fires & planted).sum() / (fires.sum() + planted.sum()) > 0.9, "F1"
     store = train.Store(store_config(data="planted", val_tokens=1000))
-    nu_r, nu_epsilon = train.latent_scaling(model, store.validation(), j[None])
+    nu_r, nu_epsilon = train.latent_scaling(model, store.validation(), [j.item()]).loc[j.item()]
     assert nu_r < 0.5 and nu_epsilon < 0.2, "confirmed"
     assert f"<td>{j}</td>" in Path("out/report.html").read_text()
 
@@ -1001,6 +1032,9 @@ def test_the_same_model_twice_has_no_exclusive_latents_and_no_difference(capsys)
         with capsys.disabled():
             print(f"\n{variant}:", next(line for line in shown.splitlines() if "are alive" in line))
         assert variant == "vanilla" or "0 base-only, 0 fine-tuned-only" in shown and "no exclusive" in shown
+    run(*options, "--dedicated=0.4", "--out_dir=dedicated")  # so many that the shared ones do not suffice
+    said = re.search("of ([0-9]+) dedicated ones that are alive ([0-9]+) are", capsys.readouterr().out)
+    assert int(said[1]) > 10 and int(said[2]) == 0, said
     assert "B - A is 0" in error_of(capsys, run, *options, "--basis=delta")
 
 
@@ -1029,20 +1063,62 @@ def test_the_report_shows_the_texts_of_a_store_escaped_and_is_made_again_without
     assert Path("out/report.html").read_text() == page
 
 
-def test_splicing_what_is_there_gives_exactly_the_clean_loss(pairs):
-    collect.collect(collect_config(pairs["gpt2"][0], layer=1, n_tokens=1500))
+class Says:
+    """A dictionary that reconstructs exactly, with a latent per dimension of what `says` B has more."""
 
-    class Identity:
-        scale = torch.ones(2)
-    run(*options, "--dedicated=0.4", "--out_dir=dedicated")  # so many that the shared ones do not suffice
-    said = re.search("of ([0-9]+) dedicated ones that are alive ([0-9]+) are", capsys.readouterr().out)
-    assert int(said[1]) > 10 and int(said[2]) == 0, said
-        __call__ = staticmethod(lambda x: x)
+    scale, decode = torch.ones(2), staticmethod(lambda f: f[:, -32:].view(-1, 2, 16))
+    W_dec = torch.stack([torch.zeros(16, 16), torch.eye(16)], dim=1)  # d_B - d_A are unit vectors
+    unscaled = staticmethod(lambda y: y)
 
-    row = collect.loss_recovered(Identity(), train.Store(store_config(data="acts")))
+    def __init__(self, says):
+        self.encode = lambda x: torch.cat([says(x), x.flatten(1)], dim=1)
+
+
+def test_splicing_gives_exactly_the_losses_and_divergences_of_what_is_spliced(pairs):
+    folder = pairs["gpt2"][0]
+    collect.collect(collect_config(folder, layer=1, n_tokens=1500))
+    store = train.Store(store_config(data="acts"))
+    latents = dict(all=list(range(16)), none=[], half=list(range(8)))
+    row = collect.splice(Says(lambda x: x[:, 1] - x[:, 0]), store, latents)
     for name in "AB":
         assert row[f"ce_spliced_{name}"] == row[f"ce_clean_{name}"] != row[f"ce_zero_{name}"]
         assert row[f"loss_recovered_{name}"] == 1
+
+    # the same by plain hooks on the models themselves
+    base, finetuned = (AutoModelForCausalLM.from_pretrained(f"{folder}/{name}").eval() for name in NAMES)
+    ce, kl, n = np.zeros(2), np.zeros(2), 0
+    for doc in np.unique(store.doc[store.n_train :])[:16]:
+        ids, seen = torch.tensor([store.docs[int(doc)]]), {}
+        hooks = (lambda *args, seen=seen: seen.update(b=args[2])), (lambda *args, seen=seen: seen["b"])
+        log_p = lambda model, ids=ids: model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        with torch.no_grad(), finetuned.transformer.h[1].register_forward_hook(hooks[0]):
+            clean = log_p(base), log_p(finetuned)
+        with torch.no_grad(), base.transformer.h[1].register_forward_hook(hooks[1]):
+            swapped = log_p(base)
+        ce += [F.nll_loss(y, ids[0, 1:], reduction="sum").item() for y in clean]
+        kl += [(clean[1].exp() * (clean[1] - y)).sum().item() for y in (clean[0], swapped)]
+        n += ids.shape[1] - 1
+    assert [row["ce_clean_A"], row["ce_clean_B"]] == pytest.approx(ce / n, rel=1e-6)
+    assert [row["kl_clean_A"], row["kl_all_of_B"]] == pytest.approx(kl / n, rel=1e-4)
+    assert row["kl_none"] == row["kl_clean_A"] and row["recovered_none"] == 0
+    assert row["kl_all_of_B"] < row["kl_all"] < row["kl_half"] < row["kl_clean_A"], "not the first position"
+    assert row["recovered_all"] == (row["kl_clean_A"] - row["kl_all"]) / (
+        row["kl_clean_A"] - row["kl_all_of_B"]
+    )
+    row = collect.splice(Says(lambda x: 0 * x[:, 0]), store, latents)
+    assert row["kl_all"] == row["kl_clean_A"], "latents that are silent change nothing"
+
+
+def test_patching_all_that_b_has_more_at_every_position_is_splicing_all_of_b(pairs):
+    collect.collect(collect_config(pairs["gpt2"][0], layer=1, n_tokens=1500, skip_positions=0))
+    store, meta = train.Store(store_config(data="acts")), json.loads(Path("acts/meta.json").read_text())
+    docs = [len(ids) for ids in store.docs]
+    store.doc, store.pos = np.repeat(np.arange(len(docs)), docs), np.concatenate([np.arange(n) for n in docs])
+    store.n_train = len(store.doc) // 2
+    row = collect.splice(Says(lambda x: x[:, 1] - x[:, 0]), store, dict(all=list(range(16))))
+    assert meta["dropped"]["skipped_position"] == 0
+    assert row["kl_all"] == pytest.approx(row["kl_all_of_B"], rel=1e-4)
+    assert row["recovered_all"] == pytest.approx(1, abs=1e-4)
 
 
 # --- Faults -------------------------------------------------------------------------------------------------

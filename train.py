@@ -16,6 +16,7 @@ import ast
 import contextlib
 import difflib
 import functools
+import itertools
 import json
 import os
 import signal
@@ -52,17 +53,17 @@ config = dict(
     eval_every=500,  # steps between validations; 0: only at the end
     wandb_mode="offline",  # offline, online or disabled
     wandb_project="crosscoder",  # name of the project there
-    ce_eval=False,  # with the report: how much of each model's cross-entropy the reconstruction recovers
+    ce_eval=False,  # with the report: splice into the models, for the loss recovered and a causal curve
     # data
-    data="toy",  # toy, stream (harvest while training; takes collect.py's keys too), or a store's path
+    data="toy",  # toy, toy-hard, stream (harvest meanwhile; takes collect.py's keys too), or a store's path
     val_tokens=8192,  # rows held out at the end of the store, for validation; 0: none
     batch_size=1024,  # tokens per step, over all processes
     # model and losses
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
     basis="plain",  # plain: of (A, B); delta: of (A, B - A), made as large as A, for narrow fine-tunes
     d_hidden=512,  # latents
-    k=32,  # active latents per token: of each (topk), on average over the batch (batchtopk)
     dedicated=0.0,  # share of the latents that belong to A alone, and as many to B alone, by construction
+    k=32,  # active latents per token: of each (topk), on average over the batch (batchtopk)
     l1_coeff=2.0,  # weight of the L1 term (vanilla)
     aux_coeff=-1.0,  # weight of the auxiliary loss on dead latents; -1: 1/32, or 0 for vanilla
     k_aux=64,  # dead latents per token that the auxiliary loss uses
@@ -141,24 +142,29 @@ class Toy:
     """Activations of two models with planted features, endless, a function of (seed, step)."""
 
     n_models, d_model, docs, meta, texts_read = 2, 128, None, {}, 0
-    # Of each kind how many features, and their size in A and in B: exclusive ones carry as much energy.
-    kinds = {"shared": (192, 1, 1), "base-only": (32, 2**0.5, 0), "fine-tuned-only": (32, 0, 2**0.5)}
+    # Of each kind how many, their energy in A and in B, and the squared tangent by which B's direction turns.
+    kinds = {"shared": (192, 1, 1, 0.04), "base-only": (32, 2, 0, 0), "fine-tuned-only": (32, 0, 2, 0)}
+    often = torch.linspace(1, 3, 256) * 28 / 512  # share of tokens a feature is active in, by its rank
+    n_free = 256  # later ranks are nested: active only where their parent is, one of the first 16
 
     def __init__(self, config):
         self.config, g = config, torch.Generator().manual_seed(config["seed"])
-        counts, *sizes = zip(*self.kinds.values())
+        counts, *numbers = zip(*self.kinds.values())
         self.kind = np.repeat(list(self.kinds), counts)  # [feature]
+        in_a, in_b, turn = torch.tensor(np.repeat(numbers, counts, axis=1)).float().sqrt()[..., None]
         a, b = F.normalize(torch.randn(2, len(self.kind), self.d_model, generator=g), dim=-1)
-        unit = torch.stack([a, F.normalize(a + 0.2 * b, dim=-1)], dim=1)  # in B slightly rotated
-        self.directions = unit * torch.tensor(np.repeat(sizes, counts, axis=1)).float().T[..., None]
-        frequency = torch.linspace(1, 3, len(a))[torch.randperm(len(a), generator=g)]
-        self.frequency = 28 * frequency / frequency.sum()  # 28 are active in a token, on average
+        self.directions = torch.stack([in_a * a, in_b * F.normalize(a + turn * b, dim=-1)], dim=1)
+        rank, parent = torch.randperm(len(a), generator=g), torch.randint(16, (len(a),), generator=g)
+        nested = rank >= self.n_free
+        self.parent = torch.where(nested, rank.argsort()[parent], torch.arange(len(a)))
+        self.chance = self.often[rank] / torch.where(nested, self.often[parent], 1)
 
     def rows(self, step, n):
         seed = np.random.SeedSequence([self.config["seed"], step + 2]).generate_state(1)[0]
-        g, shape = torch.Generator().manual_seed(int(seed)), (n, len(self.frequency))
+        g, shape = torch.Generator().manual_seed(int(seed)), (n, len(self.chance))
         size = torch.randn(shape, generator=g).mul(0.25).exp()  # lognormal
-        active = size * (torch.rand(shape, generator=g) < self.frequency)
+        active = torch.rand(shape, generator=g) < self.chance
+        active = size * (active & active[:, self.parent])
         x = einsum(active, self.directions, "batch feature, feature model d -> batch model d")
         return x + 0.02 * torch.randn(x.shape, generator=g)
 
@@ -174,11 +180,18 @@ class Toy:
         unit = F.normalize(W, dim=-1), F.normalize(self.directions, dim=-1)
         near = einsum(*unit, "latent model d, feature model d -> latent feature model") > 0.9
         near = (near | ~self.directions.any(-1)).all(-1).numpy()
-        near &= np.equal.outer(np.array(table.kind, str), self.kind)
+        near &= np.equal.outer(np.array(table.kind, str), [kind.split()[-1] for kind in self.kind])
         found = pd.DataFrame(dict(planted=1, recovered=near.any(0))).groupby(self.kind).sum()
-        found["latents"] = table.kind.value_counts()
-        found["false"] = table.kind[~near.any(1)].value_counts()
-        return found.fillna(0).astype(int)
+        counts = dict(latents=1, false=~near.any(1), confirmed=table.confirmed.eq(True))
+        return found.join(pd.DataFrame(counts, table.index).groupby(table.kind).sum()).fillna(0).astype(int)
+
+
+class HardToy(Toy):
+    """The toy with Zipf frequencies over two decades, groups of nested features, and some turned by 60°."""
+
+    kinds = {"shared": (128, 1, 1, 0.04), "turned shared": (32, 1, 1, 3)}
+    kinds |= {"base-only": (48, 1, 0, 0), "fine-tuned-only": (48, 0, 1, 0)}
+    often, n_free = 0.5 / torch.linspace(1, 100, 256), 128
 
 
 class Store:
@@ -233,10 +246,8 @@ class Store:
 def prefetched(data, steps):
     """(step, its batch) for each of the steps; a thread reads the next batch meanwhile."""
     with ThreadPoolExecutor(1) as thread:
-        batches = (thread.submit(data.batch, step) for step in steps)
-        following = next(batches, None)
-        for step in steps:
-            batch, following = following, next(batches, None)
+        batches = itertools.chain((thread.submit(data.batch, step) for step in steps), [None])
+        for step, (batch, _) in zip(steps, itertools.pairwise(batches)):  # the next one is submitted
             yield step, batch.result()
 
 
@@ -503,35 +514,40 @@ def compare(model, frequency):
 @torch.no_grad()
 def latent_scaling(model, blocks, latents):
     """
-    nu_r and nu_epsilon [2, n] of the latents [n], by which Minder, Dumas et al. 2025 (arXiv 2504.02922) tell
-    what one model alone has from what training only shrank in the other. beta is the least-squares factor of
-    f * d, d being the decoder vector in the latent's own model, in a model's reconstruction (nu_r), or in its
-    error with the latent's part left in (nu_epsilon); nu is beta of the other model over that of its own.
+    nu_r and nu_epsilon of those latents, a list, as a DataFrame: by them Minder, Dumas et al. 2025 (arXiv
+    2504.02922) tell what one model alone has from what training only shrank in the other. beta is the least-
+    squares factor of f * d, d being the decoder vector in the latent's own model, in a model's reconstruction
+    (nu_r), or in its error with the latent's part left in (nu_epsilon); nu is beta of the other model over
+    that of its own.
     """
     D = model.in_models(model.W_dec)[latents]
     n, own = torch.arange(len(D)), D.norm(dim=-1).argmax(dim=1)
-    squares, sums = 0, 0
-    for x in blocks:
+    squares, sums = D.new_zeros(len(D)), D.new_zeros(2, *D.shape)
+    for x in blocks if latents else ():
         f = model.encode(x := x.to(D))
         x_hat = model.decode(f)
         y = torch.stack([x_hat, x - x_hat]) * model.scale[:, None]
-        sums = sums + einsum(f[:, latents], y, "row latent, kind row model d -> kind latent model d")
-        squares = squares + f[:, latents].square().sum(0)
+        sums += einsum(f[:, latents], y, "row latent, kind row model d -> kind latent model d")
+        squares += f[:, latents].square().sum(0)
     beta = einsum(sums, D[n, own], "kind latent model d, latent d -> kind latent model")  # but for a factor
     beta[1] += squares[:, None] * einsum(D, D[n, own], "latent model d, latent d -> latent model")
-    return beta[:, n, 1 - own] / beta[:, n, own]
+    nu = beta[:, n, 1 - own] / beta[:, n, own]
+    return pd.DataFrame(nu.T.cpu().numpy(), latents, ["nu_r", "nu_epsilon"])
 
 
-def pictures(table, rows, path):
-    """Draws histograms of the latents over curves of the training, and returns the SVG for the page."""
+def pictures(table, rows, curve, path):
+    """Draws histograms of the latents, the causal curve if any, and curves of the training, as SVG."""
     from matplotlib import pyplot, rc_context
 
     shown = table[["relative_norm", "cosine"]].assign(log10_frequency=np.log10(table.frequency))
-    curves = pd.DataFrame(rows, columns=["step", "loss", "explained_variance", "l0_loss"]).dropna()
+    names = ["loss", "explained_variance", "l0_loss", "dead_latents"][: 3 + (len(curve) > 0)]
+    curves = pd.DataFrame(rows, columns=["step", *names]).dropna()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8, "legend.frameon": False}):
-        figure, (above, below) = pyplot.subplots(2, 3, figsize=(11, 4.5), layout="constrained")
-        shown.hist(ax=above, bins=50, grid=False)
-        pyplot.setp(above, yscale="symlog", ylabel="latents")
+        figure, (above, below) = pyplot.subplots(2, len(names), figsize=(11, 4.5), layout="constrained")
+        shown.hist(ax=above[:3], bins=50, grid=False)
+        pyplot.setp(above[:3], yscale="symlog", ylabel="latents")
+        if len(curve):
+            curve.plot(logx=True, marker="o", ax=above[3], title="share of the change that n latents carry")
         above[0].set(xlim=(0, 1), title="relative_norm (0: base alone, 1: fine-tuned alone)")
         curves.plot(x="step", subplots=True, ax=below)
         figure.savefig(path, transparent=True, metadata=dict(Date=None))
@@ -544,10 +560,7 @@ def report(model, data, config, log, row, frequency):
     """Writes OUT/report.html: what the models share, what each has alone, what changed, with its texts."""
     table = compare(model, frequency)
     exclusive = table.kind.str.endswith("only")
-    table["nu_r"] = table["nu_epsilon"] = np.nan
-    if exclusive.any():  # or else it would encode all held-out rows for nothing
-        nu = latent_scaling(model, data.validation(), torch.tensor(table.index[exclusive].values))
-        table.loc[exclusive, ["nu_r", "nu_epsilon"]] = nu.T.cpu().numpy()
+    table = table.join(latent_scaling(model, data.validation(), list(table.index[exclusive])))
     table["confirmed"] = ((table.nu_r < 0.5) & (table.nu_epsilon < 0.2)).where(exclusive)
     verdict = f"of {len(frequency):,} latents {len(table):,} are alive"
     for kind in ("shared", "base-only", "fine-tuned-only"):
@@ -562,16 +575,23 @@ def report(model, data, config, log, row, frequency):
         verdict += f"; of {len(own):,} dedicated ones that are alive {own.sum():,} are confirmed"
     often = table[table.frequency >= min(20 / config["val_tokens"], 0.01)]
     top = often.sort_values(["confirmed", "change"], ascending=False).groupby("kind").head(20)
+    curve = pd.DataFrame()
     if data.docs:
         import collect
 
         top.insert(0, "texts", list(collect.examples(model, data, top.index)))
-        if config["ce_eval"]:
-            log(config["steps"], recovered := collect.loss_recovered(model, data), "val/")
-            row |= recovered
+    if config["ce_eval"]:
+        chosen = table.index[np.lexsort([-table.carries, ~exclusive | in_delta])]
+        orders = dict(chosen=chosen, random=table.sample(frac=1, random_state=0).index)
+        sizes = sorted({min(n, len(table)) for n in (1, 5, 20, 100, len(table))})
+        latents = {f"{name}_{n}": list(order[:n]) for name, order in orders.items() for n in sizes}
+        log(config["steps"], found := collect.splice(model, data, latents), "val/")
+        curve = pd.DataFrame({name: {n: found[f"recovered_{name}_{n}"] for n in sizes} for name in orders})
+        row, n = row | found, sizes[len(sizes) // 2]
+        verdict += f"; {n} latents carry {curve.chosen[n]:.0%} of what this layer changed"
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>What fine-tuning changed</title>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style><h1>{verdict}</h1>
-<div class="svg">{pictures(table, log.rows, log.out / "report.svg")}</div>"""
+<div class="svg">{pictures(table, log.rows, curve, log.out / "report.svg")}</div>"""
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.4g}".format):
         top = top.dropna(axis=1, how="all").reset_index()
         page += top.to_html(index=False, escape=False, border=0, na_rep="")
@@ -579,7 +599,7 @@ def report(model, data, config, log, row, frequency):
     write_atomically(log.out / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
     log.wandb(lambda: wandb.log(dict(report=wandb.Html(page)), step=config["steps"]))
     print(f"{verdict}\nreport: {log.out / 'report.html'}")
-    if config["data"] == "toy":
+    if isinstance(data, Toy):
         print(data.score(model, table))
 
 
@@ -602,6 +622,8 @@ def resolve(config):
     fail("--batch_size is no multiple of the processes", unless=config["batch_size"] % world()[1] == 0)
     if config["aux_coeff"] < 0:
         config["aux_coeff"] = 0.0 if config["variant"] == "vanilla" else 1 / 32
+    plain = config["basis"] == "plain"
+    fail("--dedicated is at most 0.5, in the plain basis only", unless=config["dedicated"] <= 0.5 * plain)
     config["dead_after"] = config["dead_after"] or min(-(-tokens // 20), 10_000_000)
     config["lr"] = config["lr"] or 3e-3 * (512 / config["d_hidden"]) ** 0.5
     when = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
@@ -622,8 +644,6 @@ def write_atomically(path, write):
 
 class Log:
     """Rows of metrics: one short line on the terminal, all of it in OUT/metrics.jsonl and wandb."""
-    plain = config["basis"] == "plain"
-    fail("--dedicated is at most 0.5, in the plain basis only", unless=config["dedicated"] <= 0.5 * plain)
 
     def __init__(self, config, state):
         self.out, self.rows = Path(config["out_dir"]), state["rows"]
@@ -660,7 +680,7 @@ def build(config, state, device):
 
         data = Stream(config, state["texts_read"])
     else:
-        data = Toy(config) if config["data"] == "toy" else Store(config)
+        data = {"toy": Toy, "toy-hard": HardToy}.get(config["data"], Store)(config)
     fail("--ce_eval=True takes a store that collect.py wrote", unless=data.docs or not config["ce_eval"])
     with explain("data, config and checkpoint do not fit each other"):
         options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis", "dedicated")}
