@@ -547,8 +547,8 @@ def pictures(table, rows, curve, path):
         shown.hist(ax=above[:3], bins=50, grid=False)
         pyplot.setp(above[:3], yscale="symlog", ylabel="latents")
         if len(curve):
-            curve.plot(logx=True, marker="o", ax=above[3], title="share of the change that n latents carry")
-        above[0].set(xlim=(0, 1), title="relative_norm (0: base alone, 1: fine-tuned alone)")
+            curve.plot(logx=True, marker="o", ax=above[3], xlabel="latents", title="change recovered")
+        above[0].set(xlim=(0, 1), title="relative_norm (0: base, 1: fine-tuned)")
         curves.plot(x="step", subplots=True, ax=below)
         figure.savefig(path, transparent=True, metadata=dict(Date=None))
         pyplot.close(figure)
