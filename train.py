@@ -565,7 +565,8 @@ def report(model, data, config, log, row, frequency):
     verdict = f"of {len(frequency):,} latents {len(table):,} are alive"
     for kind in ("shared", "base-only", "fine-tuned-only"):
         verdict += f", {(table.kind == kind).sum():,} {kind}"
-    none = "" if (in_delta := model.basis == "delta") else ": no exclusive latents"
+    in_delta = model.basis == "delta"
+    none = "" if in_delta else ": no exclusive latents"
     verdict += f", {table.confirmed.sum():,} confirmed" if exclusive.any() else none
     if in_delta:
         half = 1 + np.searchsorted(table.carries.sort_values()[::-1].cumsum(), table.carries.sum() / 2)
