@@ -298,7 +298,7 @@ def test_a_dedicated_latent_is_and_stays_of_one_model_alone(variant):
     options = f"--variant={variant} --dedicated=0.1 --steps=30 --save_every=10 --dead_after=200".split()
     model = run(*options, "--aux_coeff=0.1", "--l1_coeff=0.1", "--out_dir=out")
     state = torch.load("out/checkpoint.pt", weights_only=True)
-    for W in (model.W_enc, model.W_dec, W_grads(model), state["moments"][0]["exp_avg"]):
+    for W in (model.W_enc, model.W_dec, encoder_gradient(model), state["moments"][0]["exp_avg"]):
         norm = W.norm(dim=-1)  # of 48 latents 5 are A's, 5 are B's
         assert not norm[:5, 1].any() and not norm[5:10, 0].any()
         assert norm[:5, 0].all() and norm[5:10, 1].all() and norm[10:].all()
@@ -308,7 +308,7 @@ def test_a_dedicated_latent_is_and_stays_of_one_model_alone(variant):
     assert not loaded.W_dec.grad[:5, 1].any() and not loaded.W_enc.grad[5:10, 0].any(), "also by hand"
 
 
-def W_grads(model):
+def encoder_gradient(model):
     """Gradients that the auxiliary loss and L1 reach, of all latents, [d_hidden, n_models, d_model]."""
     model.since_fired.fill_(10**6)
     model.zero_grad()
