@@ -35,6 +35,7 @@ from peft import PeftConfig
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import has_file
 
 from train import explain, fail, read_command_line, set_up, world, write_atomically
 
@@ -84,10 +85,9 @@ def load(key, config, device):
     remote = dict(trust_remote_code=config["trust_remote_code"])
     with explain(f"--{key}={config[key]} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(config[key], dtype=config["dtype"], **remote)
-        model = model.eval().to(device)
-        with contextlib.suppress(OSError, ValueError):
-            return model, AutoTokenizer.from_pretrained(config[key], **remote)
-        return model, AutoTokenizer.from_pretrained(config["base"], **remote)
+        own = any(has_file(config[key], name) for name in ("tokenizer_config.json", "tokenizer.json"))
+        tokenizer = AutoTokenizer.from_pretrained(config[key if own else "base"], **remote)
+        return model.eval().to(device), tokenizer
 
 
 def find_hook(model, config):

@@ -839,6 +839,16 @@ def test_an_adapter_gives_the_rows_of_the_merged_model_and_names_its_base(pairs)
     assert "val/loss_recovered_B" in metrics("out")[-1] and "w1" in Path("out/report.html").read_text()
 
 
+def test_a_damaged_tokenizer_is_said_and_not_passed_over_for_the_bases(pairs, capsys):
+    shutil.copytree(f"{pairs['llama'][0]}/finetuned", "damaged")
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        whole = Path("damaged", name).read_text()
+        Path("damaged", name).write_text(whole[:50])
+        config = collect_config(pairs["llama"][0], finetuned="damaged")
+        assert "--finetuned=damaged cannot be loaded" in error_of(capsys, collect.collect, config)
+        Path("damaged", name).write_text(whole)
+
+
 def test_a_stream_trains_and_its_batches_are_rows_of_both_models(pairs):
     folder, _ = pairs["llama"]
     given = pair_arguments(folder)
