@@ -570,10 +570,11 @@ def report(model, data, config, log, row, frequency):
     for kind in ("shared", "base-only", "fine-tuned-only"):
         verdict += f", {(table.kind == kind).sum():,} {kind}"
     in_delta = model.basis == "delta"
+    ranked = table.iloc[np.lexsort([-table.carries, ~exclusive | in_delta])]  # in plain, exclusive ones first
     none = "" if in_delta else ": no exclusive latents"
     verdict += f", {table.confirmed.sum():,} confirmed" if exclusive.any() else none
     if in_delta:
-        half = 1 + np.searchsorted(table.carries.sort_values()[::-1].cumsum(), table.carries.sum() / 2)
+        half = 1 + np.searchsorted(ranked.carries.cumsum(), ranked.carries.sum() / 2)
         verdict += f"; {half:,} of them carry half of the change"
     if config["dedicated"]:
         own = table.confirmed[~model.owned.all(1).flatten().cpu().numpy()[table.index]]
@@ -586,8 +587,7 @@ def report(model, data, config, log, row, frequency):
 
         top.insert(0, "texts", list(collect.examples(model, data, top.index)))
     if config["ce_eval"]:
-        chosen = table.index[np.lexsort([-table.carries, ~exclusive | in_delta])]
-        orders = dict(chosen=chosen, random=table.sample(frac=1, random_state=0).index)
+        orders = dict(chosen=ranked.index, random=table.sample(frac=1, random_state=0).index)
         sizes = sorted({min(n, len(table)) for n in (1, 5, 20, 100, len(table))})
         latents = {f"{name}_{n}": list(order[:n]) for name, order in orders.items() for n in sizes}
         log(config["steps"], found := collect.splice(model, data, latents), "val/")
