@@ -1,22 +1,24 @@
 """
-Trains a CrossCoder: one sparse dictionary over the activations of a base model (A) and of the model
-fine-tuned from it (B). A latent has a decoder vector per model: where one is 0, the other has it alone.
+Trains a CrossCoder: one sparse dictionary over the activations of a base model (A) and of the
+model fine-tuned from it (B). A latent has a decoder vector per model: where one is 0, the other
+has it alone.
 
-    python train.py --variant=batchtopk --k=32              # a toy with planted truth; ends with a score
-    python train.py --data=acts --d_hidden=16384            # a store of activations, written by collect.py
-    python train.py --resume=True --out_dir=out/RUN         # goes on, or reports again on a finished run
+    python train.py --variant=batchtopk --k=32              # a toy with planted truth, and a score
+    python train.py --data=acts --d_hidden=16384            # activations stored by collect.py
+    python train.py --resume=True --out_dir=out/RUN         # goes on, with what is given beside
     torchrun --standalone --nproc_per_node=2 train.py ...   # the same over several processes
 
-Any key of the config is set by --key=value. A run ends with OUT/report.html, what fine-tuning changed.
-Lindsey et al. 2024 (transformer-circuits.pub/2024/crosscoders), BatchTopK: arXiv 2412.06410, auxiliary loss:
-arXiv 2406.04093, latent scaling: arXiv 2504.02922.
+Any key of the config is set by --key=value. A run is a folder: metrics.jsonl (an object a row:
+step, loss, l0_loss, explained_variance_A, ..., of held-out rows val/loss, ...), checkpoint.pt, the
+weights as model.safetensors with config.json, wandb/, and what report.py says fine-tuning changed.
+Lindsey et al. 2024 (transformer-circuits.pub/2024/crosscoders), BatchTopK: arXiv 2412.06410,
+auxiliary loss: arXiv 2406.04093, dedicated latents: arXiv 2602.11729.
 """
 
 import ast
 import contextlib
 import difflib
 import functools
-import itertools
 import json
 import os
 import signal
@@ -24,9 +26,12 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages save a tenth of a step; read by torch once
+# Huge pages save a tenth of a step. Torch reads this once, when it is imported.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import pandas as pd
@@ -35,14 +40,14 @@ import torch
 import torch.nn.functional as F
 import wandb
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather, pad_across_processes, reduce
 from datasets import load_from_disk
 from einops import einsum
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import save_file
 from torch import nn
 
-# --- Config, command line, processes ------------------------------------------------------------------------
+# --- Config, command line, processes --------------------------------------------------------------
 
 config = dict(
     # I/O and logging
@@ -53,21 +58,20 @@ config = dict(
     eval_every=500,  # steps between validations; 0: only at the end
     wandb_mode="offline",  # offline, online or disabled
     wandb_project="crosscoder",  # name of the project there
-    ce_eval=False,  # with the report: splice into the models, for the loss recovered and a causal curve
     # data
-    data="toy",  # toy, toy-hard, stream (harvest meanwhile; takes collect.py's keys too), or a store's path
+    data="toy",  # toy, toy-hard, stream (harvests meanwhile; collect.py's keys), or a store's path
     val_tokens=8192,  # rows held out at the end of the store, for validation; 0: none
     batch_size=1024,  # tokens per step, over all processes
     # model and losses
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
-    basis="plain",  # plain: of (A, B); delta: of (A, B - A), made as large as A, for narrow fine-tunes
+    basis="plain",  # plain: of (A, B); delta: of (A, B - A made as large), for narrow fine-tunes
     d_hidden=512,  # latents
-    dedicated=0.0,  # share of the latents that belong to A alone, and as many to B alone, by construction
+    dedicated=0.0,  # share of the latents that belong to A alone, and as many to B alone
     k=32,  # active latents per token: of each (topk), on average over the batch (batchtopk)
     l1_coeff=2.0,  # weight of the L1 term (vanilla)
     aux_coeff=-1.0,  # weight of the auxiliary loss on dead latents; -1: 1/32, or 0 for vanilla
     k_aux=64,  # dead latents per token that the auxiliary loss uses
-    dead_after=0,  # tokens without firing that make a latent dead; 0: 5% of the run's, at most 10 million
+    dead_after=0,  # tokens without firing: then it is dead; 0: 5% of the run's, at most 10 million
     # optimiser
     steps=1500,  # batches to train on
     lr=0.0,  # peak learning rate; 0: 3e-3 * sqrt(512 / d_hidden)
@@ -78,288 +82,338 @@ config = dict(
     device="auto",  # auto (cuda if there is one), cpu or cuda
     seed=0,  # of the first weights, the order of the rows and the toy
 )
-allowed = dict(variant=["vanilla", "topk", "batchtopk"], basis=["plain", "delta"])
-allowed |= dict.fromkeys(["steps", "batch_size", "d_hidden", "k", "k_aux", "log_every"], range(1, 10**15))
+# What a value must be in; a number without an entry is from 0, or from its default if that is less.
+at_least_1 = pd.Interval(1, 1e15, closed="left")
+allowed = dict.fromkeys(["steps", "batch_size", "d_hidden", "k", "k_aux", "log_every"], at_least_1)
+allowed["variant"] = ["vanilla", "topk", "batchtopk"]
+allowed["basis"] = ["plain", "delta"]
+allowed["dedicated"] = pd.Interval(0, 0.5, closed="both")
+allowed["beta1"] = allowed["beta2"] = pd.Interval(0, 1, closed="left")
 
 
-def fail(message, unless=False):
-    """Ends the program for a mistake of its user: one line, exit code 2. Does nothing if `unless` holds."""
-    if not unless:
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+def fail(message):
+    """Ends the program for a mistake of its user: one line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 @contextlib.contextmanager
 def explain(what, kind=Exception):
-    """Fails by one line if the block raises an exception of that kind: libraries raise many."""
+    """Fails by one line if reading what a user gave raises that kind: libraries raise many."""
     try:
         yield
     except kind as e:
         fail(f"{what}: {' '.join(str(e).split())[:300] or type(e).__name__}")
 
 
-def read_command_line(defaults, allowed, argv, file):
-    """{key: value} of argv's --key=value, each of the type of its default. --help prints `file`'s config."""
-    given = {}
+def read_command_line(argv, file):
+    """{key: text} of argv's --key=text. --help prints that file down to the end of its config."""
+    if "--help" in argv:
+        print(Path(file).read_text(encoding="utf-8").partition("\n)\n")[0])
+        raise SystemExit(0)
+    texts = {}
     for argument in argv:
-        if argument == "--help":
-            _, usage, code = Path(file).read_text(encoding="utf-8").split('"""', 2)
-            print(usage.strip(), code.partition("\nconfig = dict(")[2].partition("\n)\n")[0], sep="\n")
-            raise SystemExit(0)
-        key, _, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith(f"--{key}=") or key not in defaults:
-            near = difflib.get_close_matches(key.lstrip("-"), defaults, 1, 0)[0]
-            fail(f"{argument}: expected --key=value, the nearest key is --{near}")
+        key, equals, text = argument.partition("=")
+        if key.startswith("--") and equals:
+            texts[key[2:]] = text
+        else:
+            texts[argument] = None  # no key has this value: `checked` says so
+    return texts
+
+
+def checked(values, defaults, allowed):
+    """
+    The defaults with those values, each of its default's type; of texts what Python reads in them.
+    Ends the program at a key that is none, or a value that is not allowed.
+    """
+    settings = dict(defaults)
+    for key, value in values.items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key.strip("-"), defaults, 1, 0)[0]
+            fail(f"{key}: expected --key=value, the nearest key is --{near}")
         kind = type(defaults[key])
-        usual = [text] if kind is str else pd.Interval(min(0, defaults[key]), 1e15, closed="left")
-        expected = allowed.get(key, usual)
-        with contextlib.suppress(Exception):  # literal_eval raises many kinds
-            number = text if kind is str else ast.literal_eval(text)
-            value = kind(number)  # 1e6 and 140_000 are integers too
-            if value in expected and value == number and (type(number) is bool) == (kind is bool):
-                given[key] = value
-                continue
-        fail(f"--{key}={text}: expected {kind.__name__} in {expected}")
-    return given
+        if kind is not str and isinstance(value, str):
+            with contextlib.suppress(Exception):  # of many kinds; it stays a text then
+                value = ast.literal_eval(value)
+        if kind in (int, float):
+            usual = pd.Interval(min(0, defaults[key]), 1e15, closed="left")
+            expected = allowed.get(key, usual)
+            good = type(value) in (int, float) and value in expected and kind(value) == value
+        else:
+            usual = [value] if kind is str else [False, True]
+            expected = allowed.get(key, usual)
+            good = type(value) is kind and value in expected
+        if not good:
+            fail(f"--{key}={value}: expected {kind.__name__} in {expected}")
+        settings[key] = kind(value)  # 1e6 is an integer, too
+    return settings
 
 
 def set_up(name):
     """The device of this process, which joins the others if torchrun started it."""
     device = PartialState(cpu=name == "cpu" or not torch.cuda.is_available()).device
-    fail(f"--device={name}: the device here is {device}", unless=name in ("auto", device.type))
+    if name not in ("auto", device.type):
+        fail(f"--device={name}: the device here is {device}")
     return device
 
 
 def world():
-    """(rank, number of processes)."""
-    return PartialState().process_index, PartialState().num_processes
+    """(rank, number of processes): the place of this process among those that torchrun started."""
+    state = PartialState()
+    return state.process_index, state.num_processes
 
 
-# --- Data: n_models, d_model, batch(step) and validation() of raw activations, meta, docs -------------------
+def write_atomically(path, write):
+    """write(another path), which then takes the place of `path`, never half-written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with explain(f"{path} cannot be written; make room on the disk"):
+            write(part)
+            with open(part, "rb") as written:
+                os.fsync(written)  # a power cut must not find the new name before what it names
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- Data: n_models, d_model, batch(step) and validation() of raw activations [rows, model, d] ----
 
 
 class Toy:
     """Activations of two models with planted features, endless, a function of (seed, step)."""
 
-    n_models, d_model, docs, meta, texts_read = 2, 128, None, {}, 0
-    # Of each kind how many, their energy in A and in B, and the squared tangent by which B's direction turns.
-    kinds = {"shared": (192, 1, 1, 0.04), "base-only": (32, 2, 0, 0), "fine-tuned-only": (32, 0, 2, 0)}
-    often = torch.linspace(1, 3, 256) * 28 / 512  # share of tokens a feature is active in, by its rank
-    n_free = 256  # later ranks are nested: active only where their parent is, one of the first 16
+    n_models = 2
+    d_model = 128
+    # Of each kind how many, their size in A and in B, and the tangent by which B's direction turns.
+    kinds = {
+        "shared": (192, 1, 1, 0.2),
+        "base-only": (32, 2**0.5, 0, 0),
+        "fine-tuned-only": (32, 0, 2**0.5, 0),
+    }
+    often = np.linspace(1, 3, 256) * 28 / 512  # share of tokens a feature is active in, by rank
+    n_free = 256  # later ranks are active only where their parent is, one of the first 16
 
     def __init__(self, config):
-        self.config, g = config, torch.Generator().manual_seed(config["seed"])
-        counts, *numbers = zip(*self.kinds.values())
-        self.kind = np.repeat(list(self.kinds), counts)  # [feature]
-        in_a, in_b, turn = torch.tensor(np.repeat(numbers, counts, axis=1)).float().sqrt()[..., None]
-        a, b = F.normalize(torch.randn(2, len(self.kind), self.d_model, generator=g), dim=-1)
-        self.directions = torch.stack([in_a * a, in_b * F.normalize(a + turn * b, dim=-1)], dim=1)
-        rank, parent = torch.randperm(len(a), generator=g), torch.randint(16, (len(a),), generator=g)
-        nested = rank >= self.n_free
-        self.parent = torch.where(nested, rank.argsort()[parent], torch.arange(len(a)))
-        self.chance = self.often[rank] / torch.where(nested, self.often[parent], 1)
+        self.config = config
+        g = torch.Generator().manual_seed(config["seed"])
+        self.kind, directions = [], []
+        for kind, (n, size_a, size_b, turn) in self.kinds.items():
+            a, b = F.normalize(torch.randn(2, n, self.d_model, generator=g), dim=-1)
+            b = F.normalize(a + turn * b, dim=-1)
+            directions.append(torch.stack([size_a * a, size_b * b], dim=1))
+            self.kind += [kind] * n
+        self.directions = torch.cat(directions)  # [feature, model, d_model]
 
-    def rows(self, step, n):
-        seed = np.random.SeedSequence([self.config["seed"], step + 2]).generate_state(1)[0]
-        g, shape = torch.Generator().manual_seed(int(seed)), (n, len(self.chance))
-        size = torch.randn(shape, generator=g).mul(0.25).exp()  # lognormal
-        active = torch.rand(shape, generator=g) < self.chance
-        active = size * (active & active[:, self.parent])
-        x = einsum(active, self.directions, "batch feature, feature model d -> batch model d")
-        return x + 0.02 * torch.randn(x.shape, generator=g)
+        rng = np.random.default_rng(config["seed"])
+        rank = rng.permutation(len(self.kind))
+        parent_rank = np.where(rank < self.n_free, rank, rng.integers(16, size=len(rank)))
+        self.parent = rank.argsort()[parent_rank]  # of most features they themselves
+        self.chance = self.often[rank] / np.where(rank < self.n_free, 1, self.often[parent_rank])
+
+    def rows(self, n, key):
+        """n rows, a function of (seed, key)."""
+        rng = np.random.default_rng([self.config["seed"], key])
+        active = rng.random((n, len(self.kind))) < self.chance
+        active &= active[:, self.parent]
+        f = torch.tensor(active * rng.lognormal(0, 0.25, active.shape), dtype=torch.float)
+        x = einsum(f, self.directions, "batch feature, feature model d -> batch model d")
+        return x + 0.02 * torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
 
     def batch(self, step):
-        return self.rows(step, self.config["batch_size"]).chunk(world()[1])[world()[0]]
+        rank, n_processes = world()
+        return self.rows(self.config["batch_size"], step + 1).chunk(n_processes)[rank]
 
     def validation(self):
-        return self.rows(-2, self.config["val_tokens"]).split(1024)
-
-    def score(self, model, table):
-        """How many planted features of each kind are recovered: cosine > 0.9 in each model that has them."""
-        W = model.in_models(model.W_dec.detach()).cpu()[table.index]
-        unit = F.normalize(W, dim=-1), F.normalize(self.directions, dim=-1)
-        near = einsum(*unit, "latent model d, feature model d -> latent feature model") > 0.9
-        near = (near | ~self.directions.any(-1)).all(-1).numpy()
-        near &= np.equal.outer(np.array(table.kind, str), [kind.split()[-1] for kind in self.kind])
-        found = pd.DataFrame(dict(planted=1, recovered=near.any(0))).groupby(self.kind).sum()
-        counts = dict(latents=1, false=~near.any(1), confirmed=table.confirmed.eq(True))
-        return found.join(pd.DataFrame(counts, table.index).groupby(table.kind).sum()).fillna(0).astype(int)
+        return self.rows(self.config["val_tokens"], 0).split(1024)
 
 
 class HardToy(Toy):
-    """The toy with Zipf frequencies over two decades, groups of nested features, and some turned by 60°."""
+    """The toy with Zipf frequencies over two decades, nested features, and some turned by 60°."""
 
-    kinds = {"shared": (128, 1, 1, 0.04), "turned shared": (32, 1, 1, 3)}
-    kinds |= {"base-only": (48, 1, 0, 0), "fine-tuned-only": (48, 0, 1, 0)}
-    often, n_free = 0.5 / torch.linspace(1, 100, 256), 128
+    kinds = {
+        "shared": (128, 1, 1, 0.2),
+        "turned shared": (32, 1, 1, 3**0.5),
+        "base-only": (48, 1, 0, 0),
+        "fine-tuned-only": (48, 0, 1, 0),
+    }
+    often = 0.5 / np.linspace(1, 100, 256)
+    n_free = 128
 
 
 class Store:
     """
-    A folder with the Hugging Face datasets base and finetuned, row i of one being row i of the other. Batches
-    are shuffled over all, anew each epoch, a function of (seed, step); the last val_tokens rows are held out.
+    A folder with a Hugging Face dataset for each model, row i of one being row i of the others:
+    `activation` (floats, lists of one length) and, if collect.py wrote it, token, doc and pos, docs
+    and meta.json. Batches are shuffled over all rows, anew each epoch, a function of (seed, step);
+    rows too few for another batch are left out of an epoch. The last val_tokens rows are held out.
     """
 
-    n_models, names, docs, texts_read = 2, ("base", "finetuned"), None, 0
+    n_models = 2
+    names = ("base", "finetuned")
+    docs = None
 
     def __init__(self, config):
-        self.config, self.path, self.meta = config, Path(config["data"]), {}
+        self.config = config
+        self.path = Path(config["data"])
         what = f"--data={self.path}: neither toy, nor stream, nor a store of aligned rows of floats"
         with explain(what):
-            self.stored = [load_from_disk(self.path / name).with_format("arrow") for name in self.names]
-            base, finetuned = tables = [dataset.data for dataset in self.stored]
-            lengths = [pc.list_value_length(table.column("activation")) for table in tables]
-            np.testing.assert_array_equal(*lengths, "lengths of the lists in base and finetuned")
-            for name in {"token", "doc", "pos"}.intersection(base.column_names, finetuned.column_names):
-                np.testing.assert_array_equal(*(t.column(name).cast("int64") for t in tables), name)
-            self.n_rows, (self.d_model,) = len(base), lengths[0].unique().to_pylist()
-            self.n_train = self.n_rows - config["val_tokens"]
-            fail(f"{what}: only {self.n_rows} rows", unless=self.n_train >= config["batch_size"])
+            self.stored = [
+                load_from_disk(self.path / name).with_format("arrow") for name in self.names
+            ]
+            indices = [self.index(dataset.data) for dataset in self.stored]
+            for other in indices[1:]:
+                for name in other.keys() & indices[0]:
+                    np.testing.assert_array_equal(indices[0][name], other[name], name)
+            (self.d_model,) = indices[0]["length of activation"].unique().to_pylist()
             if (self.path / "meta.json").exists():
-                self.meta = json.loads((self.path / "meta.json").read_text())
-                self.docs = load_from_disk(self.path / "docs")["input_ids"]
-                self.doc, self.pos = base.column("doc").to_numpy(), base.column("pos").to_numpy()
-                scale, n_docs = self.meta["scale"], len(self.docs)
-                good = len(scale) == 2 and all(0 < y < 1e9 for y in scale) and self.doc.max() < n_docs
-                fail(f"{what}: docs has {n_docs} rows, scale is {scale}", unless=good)
-        order = lambda epoch: np.random.default_rng([config["seed"], epoch]).permutation(self.n_train)
-        self.order = functools.lru_cache(2)(order)
+                self.read_meta(indices[0])
+        self.n_rows = len(self.stored[0])
+        self.n_train = self.n_rows - config["val_tokens"]
+        if self.n_train < config["batch_size"]:
+            fail(f"{what}: only {self.n_rows} rows")
+
+    def index(self, table):
+        """The columns that must be alike in all models, {name: integers [n_rows]}."""
+        columns = {"length of activation": pc.list_value_length(table.column("activation"))}
+        for name in {"token", "doc", "pos"}.intersection(table.column_names):
+            columns[name] = table.column(name).cast("int64")
+        return columns
+
+    def read_meta(self, index):
+        """What collect.py says of the models, the texts, and which token a row is."""
+        self.meta = json.loads((self.path / "meta.json").read_text())
+        self.docs = load_from_disk(self.path / "docs")["input_ids"]
+        self.doc, self.pos = index["doc"].to_numpy(), index["pos"].to_numpy()
+        if self.doc.max() >= len(self.docs):
+            raise ValueError(f"docs has {len(self.docs)} rows")
+
+    @functools.lru_cache(2)
+    def shuffled(self, epoch):
+        """The rows to train on, in the order of that epoch."""
+        return np.random.default_rng([self.config["seed"], epoch]).permutation(self.n_train)
 
     def read(self, rows):
-        """The activations [len(rows), n_models, d_model] of those rows, in the store's float type."""
-        columns = [dataset[rows]["activation"].combine_chunks().flatten() for dataset in self.stored]
-        x = np.stack([column.to_numpy().reshape(len(rows), self.d_model) for column in columns], axis=1)
+        """The activations [len(rows), model, d_model] of those rows, in the store's float type."""
+        columns = [
+            dataset[rows]["activation"].combine_chunks().flatten() for dataset in self.stored
+        ]
+        parts = [column.to_numpy().reshape(len(rows), self.d_model) for column in columns]
+        x = np.stack(parts, axis=1)
         bad = rows[~np.isfinite(x).all((1, 2))]
-        fail(f"{self.path}: row {bad[:1]} holds nan or inf: collect again without it", unless=not len(bad))
+        if len(bad):
+            fail(f"{self.path}: row {bad[0]} holds nan or inf: collect again without it")
         return torch.from_numpy(x)
 
     def batch(self, step):
-        size, (rank, n) = self.config["batch_size"], world()
-        epoch, at = np.divmod(np.arange(step * size, (step + 1) * size)[rank::n], self.n_train)
-        return self.read(np.where(epoch == epoch[0], self.order(epoch[0])[at], self.order(epoch[-1])[at]))
+        size = self.config["batch_size"]
+        rank, n_processes = world()
+        epoch, i = divmod(step, self.n_train // size)
+        rows = self.shuffled(epoch)[i * size : (i + 1) * size]
+        return self.read(rows[rank::n_processes])
 
     def validation(self):
-        rows = np.arange(self.n_train, self.n_rows)
-        return map(self.read, np.array_split(rows, -(-len(rows) // 1024)))
+        for start in range(self.n_train, self.n_rows, 1024):
+            yield self.read(np.arange(start, min(start + 1024, self.n_rows)))
 
 
-def prefetched(data, steps):
-    """(step, its batch) for each of the steps; a thread reads the next batch meanwhile."""
+def prefetched(data, first, end):
+    """Yields (step, its batch), from first to before end; a thread reads the next one meanwhile."""
     with ThreadPoolExecutor(1) as thread:
-        batches = itertools.chain((thread.submit(data.batch, step) for step in steps), [None])
-        for step, (batch, _) in zip(steps, itertools.pairwise(batches)):  # the next one is submitted
-            yield step, batch.result()
+        coming = thread.submit(data.batch, first)
+        for step in range(first, end):
+            x = coming.result()
+            if step + 1 < end:
+                coming = thread.submit(data.batch, step + 1)
+            yield step, x
 
 
-# --- Crosscoder ---------------------------------------------------------------------------------------------
+# --- Crosscoder -----------------------------------------------------------------------------------
 
 
-def matrix(row, col, values, shape):
-    """The matrix of that shape with those values, sorted by row: CSR, or dense where that is as fast."""
-    is_sparse = len(values) < 0.04 * shape[0] * shape[1]
-    coo = torch.sparse_coo_tensor(torch.stack([row, col]), values, shape, is_coalesced=is_sparse)
-    return coo.to_sparse_csr() if is_sparse else coo.to_dense()
+def mean_size(y):
+    """Mean norm of y [batch, n, d] over sqrt(d), of all processes' batches: [n]."""
+    return reduce(y.norm(dim=-1).mean(0)) / y.shape[-1] ** 0.5
 
 
-def times(code, dense, spare):
-    """code @ dense, into memory out of the list `spare`: new memory can cost more than the product."""
-    out = spare.pop() if spare else dense.new_empty(len(code), dense.shape[1])
-    return torch.addmm(out, code, dense, beta=0, out=out)
+def mean_square(y):
+    """Mean over the batch of the sum of the squares of y [batch, d]."""
+    return y.norm(dim=1).square().mean()
 
 
-class SparseDecode(torch.autograd.Function):
-    """
-    code @ W_dec for the code whose entries at (row, col), sorted by row, are f = x @ W_enc.T + b_enc there;
-    whoever chose them has computed f. Exact: what ReLU or TopK set to 0 has no gradient, so all that is left
-    out are dense autograd's products with 0. x [batch, d], W_enc and W_dec [d_hidden, d], row, col and f [n];
-    row may be up to n_rows, a multiple of batch, over which x is repeated. Returns f and [n_rows, d]. The
-    gradients of W_enc and W_dec are put into the memory in `spare`.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, row, col, f, n_rows, spare):
-        ctx.spare = spare
-        ctx.save_for_backward(x, W_dec, row, col, f)
-        starts = torch.searchsorted(row, torch.arange(n_rows, device=row.device))
-        return f.clone(), F.embedding_bag(col, W_dec, starts, per_sample_weights=f, mode="sum")
-
-    @staticmethod
-    def backward(ctx, grad_f, grad):
-        x, W_dec, row, col, f = ctx.saved_tensors
-        at = col.int().argsort(stable=True)  # the transpose: sorted by column
-        row, col, f, grad_f = row[at], col[at], f[at], grad_f[at]
-        code = matrix(col, row, f, (len(W_dec), len(grad)))
-        if code.is_sparse_csr:
-            grad_f += torch.sparse.sampled_addmm(code, W_dec, grad.T, beta=0).values()
-        else:
-            grad_f += (W_dec @ grad.T)[col, row]
-        grad_W_enc = times(matrix(col, row % len(x), grad_f, (len(W_dec), len(x))), x, ctx.spare)
-        grad_b_enc, grad_W_dec = col.bincount(grad_f, len(W_dec)), times(code, grad, ctx.spare)
-        return None, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
-
-
-def largest(y, k):
-    """(row, col) of the k largest of each row of y, sorted."""
-    col = y.topk(min(k, y.shape[1]), sorted=False).indices.sort().values
-    return torch.arange(len(y), device=y.device).repeat_interleave(col.shape[1]), col.flatten()
+def among_largest(y, k):
+    """Which of y [batch, n] are among the k largest of their row, or as large: [batch, n]."""
+    return y >= y.topk(min(k, y.shape[1])).values[:, -1:]
 
 
 class CrossCoder(nn.Module, PyTorchModelHubMixin):
     """
-    A sparse dictionary over the activations of n_models models. encode, decode and forward take and return
-    raw activations. from_pretrained("out/RUN"), save_pretrained and push_to_hub are huggingface_hub's.
-    Parameters: W_enc, W_dec [d_hidden, n_models, d_model], b_enc [d_hidden], b_dec [n_models, d_model].
-    Buffers: scale [n_models], sqrt(d_model) / mean norm of each model's activations; mix [n_models, n_models]
-    from raw activations to what the parameters are of: diag(scale), or in the basis "delta" to A and to B - A
-    made as large; threshold [], what a score f * norm must exceed in batchtopk's inference (eval mode), so
-    that a token's code does not depend on its batch; and of training, smallest [], the last batch's smallest
-    score, and since_fired [d_hidden], the tokens since each latent fired. The first dedicated * d_hidden
-    latents are the first model's alone, as many the next one's: `owned` [d_hidden, n_models, 1] is 0 where a
-    weight is 0 and stays so (Dedicated Feature Crosscoder, arXiv 2602.11729).
+    A sparse dictionary over the activations of n_models models. encode, decode and forward take and
+    return raw ones. from_pretrained("out/RUN"), save_pretrained, push_to_hub are huggingface_hub's.
+    Parameters: W_enc, W_dec [d_hidden, n_models, d_model], b_enc [d_hidden], b_dec [n_models,
+    d_model]. Buffers: scale [n_models], sqrt(d_model) / mean norm of each model's activations; mix
+    [n_models, n_models] from raw activations to what the parameters are of: diag(scale), or in the
+    basis "delta" to A and to B - A made as large; owned [d_hidden, n_models, 1], 0 where a latent
+    has no weights: of dedicated * d_hidden for each model, the first model's come first. And those
+    that training moves, in `track`.
     """
 
-    def __init__(self, n_models, d_model, d_hidden, variant="batchtopk", k=32, basis="plain", dedicated=0.0):
+    def __init__(
+        self, n_models, d_model, d_hidden, variant="batchtopk", k=32, basis="plain", dedicated=0.0
+    ):
         super().__init__()
-        self.variant, self.k, self.basis, self.spare = variant, k, basis, []
-        own = torch.eye(n_models).repeat_interleave(round(dedicated * d_hidden), dim=0)
-        every = F.pad(own, (0, 0, 0, d_hidden - len(own)), value=1)[..., None]
-        self.owned = nn.Buffer(every, persistent=False)
-        W_dec = 0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1) * self.owned
-        self.W_dec, self.W_enc = nn.Parameter(W_dec), nn.Parameter(W_dec.clone())
-
-        def keep_owned(W):
-            W.grad[: len(own)].mul_(self.owned[: len(own)])  # in place: new memory is a fifth of a step
-
-        for W in (self.W_dec, self.W_enc) if dedicated else ():
-            W.register_post_accumulate_grad_hook(keep_owned)
+        assert variant in allowed["variant"]
+        self.variant = variant
+        self.k = k
+        self.basis = basis
+        self.dedicated = dedicated
+        n_own = min(round(dedicated * d_hidden), d_hidden // n_models)
+        owned = torch.ones(d_hidden, n_models, 1)
+        owned[: n_models * n_own, :, 0] = torch.eye(n_models).repeat_interleave(n_own, dim=0)
+        self.owned = nn.Buffer(owned, persistent=False)
+        W = 0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1) * owned
+        self.W_dec = nn.Parameter(W)
+        self.W_enc = nn.Parameter(W.clone())
         self.b_enc = nn.Parameter(torch.zeros(d_hidden))
         self.b_dec = nn.Parameter(torch.zeros(n_models, d_model))
-        self.scale, self.mix = nn.Buffer(torch.ones(n_models)), nn.Buffer(torch.eye(n_models))
-        self.threshold, self.smallest = nn.Buffer(torch.zeros(())), nn.Buffer(torch.zeros(()))
+        self.scale = nn.Buffer(torch.ones(n_models))
+        self.mix = nn.Buffer(torch.eye(n_models))
+        self.threshold = nn.Buffer(torch.zeros(()))
         self.since_fired = nn.Buffer(torch.zeros(d_hidden, dtype=torch.long))
 
+    def activate(self, pre, latent=...):
+        """
+        f of pre-activations [batch, d_hidden], or of some [n] that are of the latents `latent` [n],
+        by which to index a parameter of the latents. It must be 0 where they are not over 0.
+        """
+        return F.relu(pre)
+
     def _save_pretrained(self, folder):
-        write_atomically(folder / "model.safetensors", lambda part: save_file(self.state_dict(), part))
+        write_atomically(
+            folder / "model.safetensors", lambda part: save_file(self.state_dict(), part)
+        )
 
     @torch.no_grad()
-    def start_at(self, x, scale=None):
-        """Fits a new model to raw x, so that few latents die, and to the data's scale [n_models] if known."""
-        size = lambda y: reduce(y.norm(dim=-1).mean(0)) / y.shape[-1] ** 0.5
+    def start_at(self, x):
+        """Fits scales and biases of a new model to raw x [batch, n_models, d_model]."""
         x = x.to(self.mix)
-        self.scale.copy_(torch.tensor(scale) if scale else 1 / size(x))
+        self.scale.copy_(1 / mean_size(x))
         self.mix.copy_(self.scale.diag())
         if self.basis == "delta":
-            per_size = 1 / size(x[:, 1:] - x[:, :1])
-            self.mix[1:] = torch.cat([-per_size[:, None], per_size.diag()], dim=1)
+            per_size = 1 / mean_size(x[:, 1:] - x[:, :1])
+            self.mix[1:, 0] = -per_size
+            self.mix[1:, 1:] = per_size.diag()
         y = self.scaled(x)
-        varies = (y.var(0).sum(-1) > 1e-9 * y.square().sum(-1).mean(0)).all()  # False also if it is nan
-        fail("nothing to explain: A or B is alike in every row or too large, or B - A is 0", unless=varies)
-        self.b_dec.copy_(reduce(y.mean(0)))
+        varies = y.var(0).sum(-1) > 1e-9 * y.square().sum(-1).mean(0)  # False where it is nan, too
+        if not varies.all():
+            fail("nothing to explain: A or B is alike in every row or too large, or B - A is 0")
+        self.b_dec.copy_(reduce(y.mean(0)))  # so that few latents die
         self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
-        self.encode(x[:32])  # by which batchtopk knows where to look first: not at half of all scores
+        if self.variant == "batchtopk":
+            score = self.encode(x[:32]) * self.decoder_norm()
+            self.threshold.copy_(self.batch_cut(score, len(score)))  # near it `choose` looks first
 
     def scaled(self, x):
-        """Raw activations [batch, n_models, d_model] of any float type -> those the parameters are of."""
+        """Raw activations [batch, n_models, d_model] -> those that the parameters are of."""
         return self.mix @ x.to(self.mix)
 
     def unscaled(self, y):
@@ -367,396 +421,276 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         return self.mix.inverse() @ y
 
     def in_models(self, y):
-        """Decoder vectors or their sums [n, n_models, d_model] as each model's, scaled by its own scale."""
+        """Decoder vectors or their sums [n, n_models, d_model] as each model's, in its scale."""
         return self.unscaled(y) * self.scale[:, None]
 
     def decoder_norm(self):
         """[d_hidden]: sum over the models of the norms of a latent's decoder vectors."""
         return self.W_dec.norm(dim=-1).sum(1)
 
+    def own(self, W):
+        """The weights W, but that those that a dedicated latent does not have are and stay 0."""
+        return W * self.owned if self.dedicated else W
+
+    def batch_cut(self, score, batch):
+        """The least of the k * batch largest scores of all processes; 0 if too few are over 0."""
+        every = gather(pad_across_processes(score.flatten()))
+        every = F.pad(every, (0, 1))  # a 0, the least if there are no more
+        n = min(self.k * batch * world()[1], len(every))
+        return every.topk(n, sorted=False).values.min()
+
     def encode(self, x):
         """Raw activations [batch, n_models, d_model] -> latent activations f [batch, d_hidden]."""
-        product = self.scaled(x).flatten(1) @ self.W_enc.flatten(1).T
-        _, row, col, _ = self.pick(lambda: product.split(128), self.decoder_norm(), self.since_fired[:0])
-        return torch.zeros_like(product).index_put((row, col), product[row, col] + self.b_enc[col])
+        x = self.scaled(x)
+        W_enc = self.own(self.W_enc)
+        pre = einsum(x, W_enc, "batch model d, latent model d -> batch latent") + self.b_enc
+        f = self.activate(pre)
+        score = (f * self.decoder_norm()).detach()
+        if self.variant == "topk":
+            return f * among_largest(score, self.k)
+        if self.variant == "batchtopk" and self.training:
+            return f * (score >= self.batch_cut(score, len(x)))
+        return f * (score >= self.threshold)  # 0 in other variants
 
     def decode(self, f):
         """f [batch, d_hidden] -> raw activations [batch, n_models, d_model]."""
-        return self.unscaled(einsum(f, self.W_dec, "b latent, latent model d -> b model d") + self.b_dec)
+        W_dec = self.own(self.W_dec)
+        x_hat = einsum(f, W_dec, "batch latent, latent model d -> batch model d") + self.b_dec
+        return self.unscaled(x_hat)
 
     def forward(self, x):
         """Raw activations -> reconstructed ones, [batch, n_models, d_model]."""
-        return self.decode(self.encode(x))
+        f = self.encode(x)
+        if self.training:
+            row, latent = f.nonzero(as_tuple=True)
+            self.track(f[row, latent], latent, len(x))
+        return self.decode(f)
 
     @torch.no_grad()
-    def pick(self, products, norm, dead, k_aux=0):
+    def track(self, f, latent, batch):
         """
-        The active latents by variant and mode: their number n, and as (row, col, f), each [n + m], they and,
-        for the auxiliary loss, in rows after theirs, those of `dead` with the k_aux largest pre-activations
-        of a row. products() yields x @ W_enc.T [rows, d_hidden] while it is in the cache. In training
-        batchtopk keeps the k * batch largest scores f * norm of all processes, and their equals, without a
-        full sort: what is under 0.9 of the last batch's smallest is passed over, and looked at again if too
-        few are left.
+        Moves on what training moves, as BatchNorm does, by a batch's f > 0 [n] of the latents
+        `latent` [n]: threshold [], a running mean of the least score, f * decoder norm, which one
+        must reach in batchtopk's eval mode, so that a token's code does not depend on its batch;
+        and since_fired [d_hidden], the tokens since each latent fired.
         """
-        search = self.variant == "batchtopk" and self.training
-        for cut in self.smallest * self.smallest.new_tensor([0.9, 0.5, 0]) if search else [self.threshold]:
-            bound = 0.9999 * cut / norm - self.b_enc  # a hair low, for rounding; exact below
-            best, aux, n_rows = [], [], 0
-            for product in products():
+        fired = reduce(latent.bincount(minlength=len(self.since_fired)).float())
+        self.since_fired += batch * world()[1]
+        self.since_fired[fired > 0] = 0
+        if self.variant == "batchtopk" and fired.any():
+            score = F.pad(f * self.decoder_norm()[latent], (0, 1), value=torch.inf)
+            least = -reduce(-score.min(), "max")
+            is_first = self.threshold == 0  # it starts there, from no sentinel
+            self.threshold.lerp_(least, torch.where(is_first, 1.0, 0.1))
+
+    # --- The same, fast: what is 0 in f has no gradient, so that leaving it out is exact ---
+
+    @torch.no_grad()
+    def choose(self, x, W_enc, dead, k_aux, look_over=0.8):
+        """
+        Returns [active], or [active, revived] if any latents are `dead`: the Entries that are
+        active for scaled x [batch, n_models * d_model] by W_enc [d_hidden, n_models * d_model], and
+        those of the k_aux largest pre-activations of dead latents in each row. Batchtopk looks at
+        scores over 0.8 of its threshold, and again at all of them if the cut turns out lower.
+        """
+        is_searching = self.variant == "batchtopk" and self.training
+        cut = self.threshold  # 0 in other variants
+        if is_searching:
+            cut = look_over * cut
+        norm = self.decoder_norm()
+        bound = 0.9999 * cut / norm  # in terms of the pre-activation; a hair low, for rounding
+        active, revived = [], []
+        first = 0
+        for block in x.split(
+            1 + 10 * 2**20 // len(norm)
+        ):  # 40 MB: [batch, d_hidden] is never whole
+            for pre in F.linear(block, W_enc, self.b_enc).split(
+                128
+            ):  # seen while it is in the cache
+                is_active = pre > bound
                 if self.variant == "topk":
-                    row, col = largest(torch.addcmul(self.b_enc * norm, product, norm), self.k)
-                else:
-                    row, col = (product > bound).nonzero(as_tuple=True)
-                best.append((n_rows + row, col, product[row, col] + self.b_enc[col]))
-                pre = product[:, dead] + self.b_enc[dead]
-                row, col = largest(pre, k_aux)
-                aux.append((n_rows + row, dead[col], pre[row, col]))
-                n_rows += len(product)
-            row, col, f = map(torch.cat, zip(*best))
-            score, n_keep = f * norm[col], self.k * n_rows * world()[1]
-            every = torch.cat(gather_object([score.cpu()])).to(score.device) if search else score
-            if len(every) >= n_keep:
-                break
-        if search and len(every):
-            self.smallest.copy_(every.kthvalue(max(len(every) - n_keep, 0) + 1).values)
-        keep = (score >= self.smallest if search else score > cut).nonzero().flatten()
-        code, (aux_row, *aux) = (row[keep], col[keep], f[keep]), map(torch.cat, zip(*aux))
-        return len(keep), *(torch.cat(pair) for pair in zip(code, (n_rows + aux_row, *aux)))
+                    is_active = among_largest(pre * norm, self.k)
+                row, latent = is_active.nonzero(as_tuple=True)
+                active.append((first + row, latent, pre[row, latent]))
+                row, i = among_largest(pre[:, dead], k_aux).nonzero(as_tuple=True)
+                revived.append((first + row, dead[i], pre[row, dead[i]]))
+                first += len(pre)
+        row, latent, pre = map(torch.cat, zip(*active))
+        score = pre * norm[latent]
+        if is_searching:
+            least = self.batch_cut(score, len(x))
+            if least < cut:
+                return self.choose(x, W_enc, dead, k_aux, look_over=0)
+            cut = least
+        keep = (score >= cut) & (pre > 0)
+        codes = [Entries(row[keep], latent[keep], pre[keep])]
+        if len(dead):
+            codes.append(Entries(*map(torch.cat, zip(*revived))))
+        return codes
 
     def losses(self, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead_after=torch.inf):
         """
-        The losses of raw x [batch, n_models, d_model]: `loss`, to be minimised, and its parts, means over the
-        batch of sums over the rest, of scaled activations. It is l2, in vanilla + l1_coeff * l1, + aux_coeff
-        * aux, in which the dead latents, silent for over dead_after tokens, reconstruct what x_hat lacks. And
-        x, error = x_hat - x, scaled [batch, n_models, d_model], the number of the dead, and how often each
-        latent fired, [d_hidden]. In training mode the buffers move on.
+        The losses of raw x [batch, n_models, d_model]: `loss`, to be minimised, and its parts, of
+        scaled activations, means over the batch of sums over the rest. It is l2, in vanilla
+        + l1_coeff * l1, + aux_coeff * aux, in which the latents that are dead, silent for over
+        dead_after tokens, reconstruct what x_hat lacks. Any number put beside them is logged. And x
+        and error = x_hat - x, scaled, and `fired` [d_hidden], how often each latent did.
         """
-        x, norm, batch = self.scaled(x).flatten(1), self.decoder_norm(), len(x)
-        weights = self.W_enc.flatten(1), self.b_enc, self.W_dec.flatten(1)
-        dead = (self.since_fired > dead_after).nonzero().flatten()
-        blocks = x.split(1 + 10 * 2**20 // len(norm))  # 40 MB: [batch, d_hidden] is never whole
-        products = lambda: (rows for block in blocks for rows in (block @ weights[0].T).split(128))
-        n, row, col, f = self.pick(products, norm, dead if aux_coeff else dead[:0], k_aux)
-        f, x_hat = SparseDecode.apply(x, *weights, row, col, f, batch * (1 + (len(f) > n)), self.spare)
-        (x_hat, *e_hat), col = x_hat.split(batch), col[:n]
-        error, fired = x_hat + self.b_dec.flatten() - x, col.bincount(minlength=len(norm))
-        mean_square = lambda y: y.norm(dim=1).square().mean()
-        losses = dict(l2_loss=mean_square(error), l0_loss=fired.sum() / batch, aux_loss=error.new_zeros(()))
-        losses["l1_loss"] = torch.zeros_like(norm).index_add(0, col, f[:n]) @ norm / batch
-        if e_hat:
-            losses["aux_loss"] = mean_square(error.detach() + e_hat[0]) * min(len(dead) / k_aux, 1)
-        l1_term = l1_coeff * losses["l1_loss"] if self.variant == "vanilla" else 0
-        loss = losses["l2_loss"] + l1_term + aux_coeff * losses["aux_loss"]
+        x = self.scaled(x)
+        y = x.flatten(1)
+        W_enc = self.own(self.W_enc).flatten(1)
+        W_dec = self.own(self.W_dec).flatten(1)
+        is_dead = self.since_fired > dead_after
+        dead = (is_dead & (aux_coeff > 0)).nonzero().flatten()
+        codes = self.choose(y, W_enc, dead, k_aux)
+        latent = codes[0].latent
+
+        pre = EncodeAt.apply(y, W_enc, self.b_enc, codes)
+        f = self.activate(pre[0], latent)
+        decoded = DecodeAt.apply(W_dec, len(x), codes, f, *pre[1:])
+        error = decoded[0] + self.b_dec.flatten() - y
+        l2_loss = mean_square(error)
+        l1_loss = (f * self.decoder_norm()[latent]).sum() / len(x)
+        aux_loss = torch.zeros_like(l2_loss)
+        if len(dead):  # by pre-activations, so that it reaches those that are negative everywhere
+            aux_loss = mean_square(error.detach() + decoded[1]) * min(len(dead) / k_aux, 1)
+        loss = l2_loss + aux_coeff * aux_loss
+        if self.variant == "vanilla":
+            loss = loss + l1_coeff * l1_loss
+
+        latent = latent[f > 0]
+        fired = latent.bincount(minlength=len(W_dec))
         if self.training:
-            self.since_fired.add_(batch * world()[1]).masked_fill_(reduce(fired.float()) > 0, 0)
-            self.threshold.lerp_(self.smallest, torch.where(self.threshold == 0, 1.0, 0.02))  # no sentinel
-        x, error = (y.view(-1, *self.b_dec.shape) for y in (x, error))
-        return losses | dict(loss=loss, x=x, error=error, dead=len(dead), fired=fired)
+            self.track(f[f > 0], latent, len(x))
+        losses = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, aux_loss=aux_loss)
+        losses |= dict(l0_loss=fired.sum() / len(x), dead_latents=is_dead.sum())
+        return losses | dict(x=x, error=error.view_as(x), fired=fired)
 
 
-# --- Measures and report ------------------------------------------------------------------------------------
+class Entries(NamedTuple):
+    """Some entries of a matrix [batch, d_hidden], sorted by row, with pre-activations, each [n]."""
 
-LOSSES = ["l0_loss", "l2_loss", "l1_loss", "aux_loss", "loss"]
-STYLE = """:root { color-scheme: light dark } .texts { text-align: left; white-space: pre-wrap }
-body { font: 15px/1.5 system-ui; max-width: 76em; margin: 2em auto; padding: 0 1em } h1 { font-size: 1.4em }
-table, .svg { display: block; overflow-x: auto; font-size: 13px; fill: currentColor; border-spacing: 0 }
-td, th { padding: .2em .6em; text-align: right; vertical-align: top; border-top: 1px solid #8884 }"""
+    row: torch.Tensor
+    latent: torch.Tensor
+    pre: torch.Tensor
+
+
+def bag(index, dense, bag_of, n_bags, values):
+    """Sums [n_bags, d] of values * dense[index]; bag_of, sorted, says in which one each belongs."""
+    starts = torch.searchsorted(bag_of, torch.arange(n_bags, device=dense.device))
+    return F.embedding_bag(index, dense, starts, per_sample_weights=values, mode="sum")
+
+
+def transposed_product(codes, values, denses, d_hidden):
+    """
+    The sum over the codes of code.T @ dense, [d_hidden, d]: of dense [batch, d] and the code
+    [batch, d_hidden] that has values [n] at its Entries.
+    """
+    row = torch.cat([entries.row + i * len(denses[0]) for i, entries in enumerate(codes)])
+    latent = torch.cat([entries.latent for entries in codes])
+    order = latent.int().argsort(stable=True)
+    values = torch.cat(values)[order]
+    return bag(row[order], torch.cat(denses), latent[order], d_hidden, values)
+
+
+class EncodeAt(torch.autograd.Function):
+    """
+    For each of several Entries the pre-activations [n] that `choose` found, as x @ W_enc.T + b_enc
+    of x [batch, d], W_enc [d_hidden, d] and b_enc [d_hidden]. x gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, codes):
+        ctx.codes = codes
+        ctx.save_for_backward(x, b_enc)
+        return tuple(entries.pre.clone() for entries in codes)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, b_enc = ctx.saved_tensors
+        grad_W = transposed_product(ctx.codes, grads, [x] * len(grads), len(b_enc))
+        latent = torch.cat([entries.latent for entries in ctx.codes])
+        return None, grad_W, latent.bincount(torch.cat(grads), len(b_enc)), None
+
+
+class DecodeAt(torch.autograd.Function):
+    """f @ W_dec [batch, d], for each f [batch, d_hidden] that has values [n] at its Entries."""
+
+    @staticmethod
+    def forward(ctx, W_dec, batch, codes, *values):
+        ctx.codes = codes
+        ctx.save_for_backward(W_dec, *values)
+        found = []
+        for entries, f in zip(codes, values):
+            found.append(bag(entries.latent, W_dec, entries.row, batch, f))
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        W_dec, *values = ctx.saved_tensors
+        # <grad, f @ W_dec> = <f.T @ grad, W_dec>: that is a way to the gradients of the values
+        with torch.enable_grad():
+            values = [f.detach().requires_grad_() for f in values]
+            grad_W = transposed_product(ctx.codes, values, grads, len(W_dec))
+        grad_values = torch.autograd.grad(grad_W, values, W_dec)
+        return grad_W.detach(), None, None, *grad_values
+
+
+# --- Measures -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def sums(losses):
-    """What `metrics` needs of model.losses(...), in a vector that adds up over batches and processes."""
-    gram = lambda y: einsum(y, y, "row i d, row j d -> row i j").double().sum(0).flatten()
-    rows = len(losses["x"]) * torch.stack([torch.ones_like(losses["loss"]), *(losses[key] for key in LOSSES)])
-    return torch.cat([rows, gram(losses["error"]), gram(losses["x"]), losses["x"].sum(0).flatten()])
+    """What `metrics` needs of model.losses(x): sums over rows, which add up over batches."""
+    rows = losses["loss"].new_tensor(len(losses["x"]), dtype=torch.double)
+    numbers = {name: torch.as_tensor(y) for name, y in losses.items()}
+    found = {name: rows * y for name, y in numbers.items() if y.dim() == 0}
+    found |= dict(rows=rows, fired=losses["fired"].double(), x=losses["x"].double().sum(0))
+    for name in ("x", "error"):
+        y = losses[name].double()
+        found[f"{name}_square"] = einsum(y, y, "row i d, row j d -> i j")
+    return found
 
 
-def metrics(model, sums):
+def metrics(model, parts):
     """
-    The losses, means over rows, and explained variances: 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, a
-    ratio of sums over all rows; in scaled units over all, and of each model and the last's difference from A.
+    Of a list of `sums` the numbers, as means over rows, with explained variances, and how often
+    each latent fires [d_hidden]. Explained variance, 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2,
+    is a ratio of sums over all rows: of scaled x, of each model, of the last's difference from A.
     """
-    n, d = model.b_dec.shape
-    rows, error, square, total = sums.split([1 + len(LOSSES), n * n, n * n, n * d])
-    error, total = error.view(n, n), total.view(n, d)
-    variance = square.view(n, n) - total @ total.T / rows[0]
-    row = dict(explained_variance=(1 - error.trace() / variance.trace()).item())
-    row |= zip(LOSSES, (rows[1:] / rows[0]).tolist())
-    models = model.mix.double().inverse()  # each in terms of what error and variance are of
-    for name, part in zip([*"ABCDEFGH"[:n], "difference"], [*models, models[-1] - models[0]]):
-        if (of_part := part @ variance @ part) > 0:
-            row[f"explained_variance_{name}"] = (1 - part @ error @ part / of_part).item()
-    return row
+    total = {name: sum(part[name] for part in parts) for name in parts[0]}
+    n = total.pop("rows")
+    frequency = total.pop("fired") / n
+    x = total.pop("x")
+    variance = total.pop("x_square") - x @ x.T / n
+    error = total.pop("error_square")
+    row = {name: (y / n).item() for name, y in total.items()}
+    row["explained_variance"] = (1 - error.trace() / variance.trace()).item()
+    models = (
+        model.mix.double().inverse()
+    )  # row m: model m as a sum of what error and variance are of
+    views = dict(zip("ABCDEFGH", models))
+    views["difference"] = models[-1] - models[0]
+    for name, view in views.items():
+        of_view = view @ variance @ view
+        if of_view > 0:
+            row[f"explained_variance_{name}"] = (1 - view @ error @ view / of_view).item()
+    return row, frequency
 
 
 @torch.no_grad()
 def validate(model, data, l1_coeff):
-    """Of held-out rows, in inference mode: metrics, and how often each latent fires [d_hidden]."""
-    training, total, fired = model.training, 0, 0
+    """Of held-out rows, in eval mode: metrics, and how often each latent fires [d_hidden]."""
     model.eval()
-    for x in data.validation():
-        losses = model.losses(x, l1_coeff)
-        total, fired = total + sums(losses), fired + losses["fired"]
-    model.train(training)
-    return dict(dead_latents=(fired == 0).sum().item()) | metrics(model, total), fired / total[0]  # of rows
+    parts = [sums(model.losses(x, l1_coeff)) for x in data.validation()]
+    row, frequency = metrics(model, parts)
+    row["dead_latents"] = (frequency == 0).sum().item()
+    return row, frequency
 
 
-@torch.no_grad()
-def compare(model, frequency):
-    """A DataFrame of the latents whose firing frequency [d_hidden] is over 0, by their decoder vectors."""
-    D = model.in_models(model.W_dec)
-    norm, size = D.norm(dim=-1), (D[:, 1] - D[:, 0]).norm(dim=-1)
-    columns = dict(relative_norm=norm[:, 1] / norm.sum(1), change=size / norm.sum(1), frequency=frequency)
-    columns["cosine"] = F.cosine_similarity(D[:, 0], D[:, 1], dim=-1)
-    columns["carries"] = frequency * (columns["change"] if model.basis == "delta" else size)
-    table = pd.DataFrame({name: y.cpu() for name, y in columns.items()}).rename_axis("latent")
-    kinds = ["base-only", "uneven", "shared", "uneven", "fine-tuned-only"]
-    table["kind"] = np.array(kinds)[np.digitize(table.relative_norm, [0.1, 0.4, 0.6, 0.9])]
-    return table[table.frequency > 0]
-
-
-@torch.no_grad()
-def latent_scaling(model, blocks, latents):
-    """
-    nu_r and nu_epsilon of those latents, a list, as a DataFrame: by them Minder, Dumas et al. 2025 (arXiv
-    2504.02922) tell what one model alone has from what training only shrank in the other. beta is the least-
-    squares factor of f * d, d being the decoder vector in the latent's own model, in a model's reconstruction
-    (nu_r), or in its error with the latent's part left in (nu_epsilon); nu is beta of the other model over
-    that of its own.
-    """
-    D = model.in_models(model.W_dec)[latents]
-    n, own = torch.arange(len(D)), D.norm(dim=-1).argmax(dim=1)
-    squares, sums = D.new_zeros(len(D)), D.new_zeros(2, *D.shape)
-    for x in blocks if latents else ():
-        f = model.encode(x := x.to(D))
-        x_hat = model.decode(f)
-        y = torch.stack([x_hat, x - x_hat]) * model.scale[:, None]
-        sums += einsum(f[:, latents], y, "row latent, kind row model d -> kind latent model d")
-        squares += f[:, latents].square().sum(0)
-    beta = einsum(sums, D[n, own], "kind latent model d, latent d -> kind latent model")  # but for a factor
-    beta[1] += squares[:, None] * einsum(D, D[n, own], "latent model d, latent d -> latent model")
-    nu = beta[:, n, 1 - own] / beta[:, n, own]
-    return pd.DataFrame(nu.T.cpu().numpy(), latents, ["nu_r", "nu_epsilon"])
-
-
-def pictures(table, rows, curve, path):
-    """Draws histograms of the latents, the causal curve if any, and curves of the training, as SVG."""
-    from matplotlib import pyplot, rc_context
-
-    shown = table[["relative_norm", "cosine"]].assign(log10_frequency=np.log10(table.frequency))
-    names = ["loss", "explained_variance", "l0_loss", "dead_latents"][: 3 + (len(curve) > 0)]
-    curves = pd.DataFrame(rows, columns=["step", *names]).dropna()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8, "legend.frameon": False}):
-        figure, (above, below) = pyplot.subplots(2, len(names), figsize=(11, 4.5), layout="constrained")
-        shown.hist(ax=above[:3], bins=50, grid=False)
-        pyplot.setp(above[:3], yscale="symlog", ylabel="latents")
-        if len(curve):
-            curve.plot(logx=True, marker="o", ax=above[3], xlabel="latents", title="change recovered")
-        above[0].set(xlim=(0, 1), title="relative_norm (0: base, 1: fine-tuned)")
-        curves.plot(x="step", subplots=True, ax=below)
-        figure.savefig(path, transparent=True, metadata=dict(Date=None))
-        pyplot.close(figure)
-    return path.read_text(encoding="utf-8").replace("#000000", "currentColor").partition('.dtd">')[2]
-
-
-@torch.no_grad()
-def report(model, data, config, log, row, frequency):
-    """Writes OUT/report.html: what the models share, what each has alone, what changed, with its texts."""
-    table = compare(model, frequency)
-    exclusive = table.kind.str.endswith("only")
-    table = table.join(latent_scaling(model, data.validation(), list(table.index[exclusive])))
-    table["confirmed"] = ((table.nu_r < 0.5) & (table.nu_epsilon < 0.2)).where(exclusive)
-    verdict = f"of {len(frequency):,} latents {len(table):,} are alive"
-    for kind in ("shared", "base-only", "fine-tuned-only"):
-        verdict += f", {(table.kind == kind).sum():,} {kind}"
-    in_delta = model.basis == "delta"
-    ranked = table.iloc[np.lexsort([-table.carries, ~exclusive | in_delta])]  # in plain, exclusive ones first
-    none = "" if in_delta else ": no exclusive latents"
-    verdict += f", {table.confirmed.sum():,} confirmed" if exclusive.any() else none
-    if in_delta:
-        half = 1 + np.searchsorted(ranked.carries.cumsum(), ranked.carries.sum() / 2)
-        verdict += f"; {half:,} of them carry half of the change"
-    if config["dedicated"]:
-        own = table.confirmed[~model.owned.all(1).flatten().cpu().numpy()[table.index]]
-        verdict += f"; of {len(own):,} dedicated ones that are alive {own.sum():,} are confirmed"
-    often = table[table.frequency >= min(20 / config["val_tokens"], 0.01)]
-    top = often.sort_values(["confirmed", "change"], ascending=False).groupby("kind").head(20)
-    curve = pd.DataFrame()
-    if data.docs:
-        import collect
-
-        top.insert(0, "texts", list(collect.examples(model, data, top.index)))
-    if config["ce_eval"]:
-        orders = dict(chosen=ranked.index, random=table.sample(frac=1, random_state=0).index)
-        sizes = sorted({min(n, len(table)) for n in (1, 5, 20, 100, len(table))})
-        latents = {f"{name}_{n}": list(order[:n]) for name, order in orders.items() for n in sizes}
-        log(config["steps"], found := collect.splice(model, data, latents), "val/")
-        curve = pd.DataFrame({name: {n: found[f"recovered_{name}_{n}"] for n in sizes} for name in orders})
-        row, n = row | found, sizes[len(sizes) // 2]
-        verdict += f"; {n} latents carry {curve.chosen[n]:.0%} of what this layer changed"
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>What fine-tuning changed</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE}</style><h1>{verdict}</h1>
-<div class="svg">{pictures(table, log.rows, curve, log.out / "report.svg")}</div>"""
-    with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.4g}".format):
-        top = top.dropna(axis=1, how="all").reset_index()
-        page += top.to_html(index=False, escape=False, border=0, na_rep="")
-        page += pd.Series(data.meta | config | row).drop("resume").to_frame("the run").to_html(border=0)
-    write_atomically(log.out / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
-    log.wandb(lambda: wandb.log(dict(report=wandb.Html(page)), step=config["steps"]))
-    print(f"{verdict}\nreport: {log.out / 'report.html'}")
-    if isinstance(data, Toy):
-        print(data.score(model, table))
-
-
-# --- Training -----------------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 stop_signals = []  # received so far
-
-
-def schedule(step, config):
-    """Factors of l1_coeff: linear from 0 in 5% of the steps; and of lr: that, and to 0 in the last 20%."""
-    warm = min(1, (step + 1) / (0.05 * config["steps"]))
-    return warm, min(warm, (config["steps"] - step) / (0.2 * config["steps"]))
-
-
-def resolve(config):
-    """The config with its by-rule values filled in; ends the program if two values do not go together."""
-    config, tokens = dict(config), config["steps"] * config["batch_size"]
-    enough = config["variant"] == "vanilla" or config["k"] <= config["d_hidden"]
-    fail(f"--k={config['k']} is larger than --d_hidden={config['d_hidden']}", unless=enough)
-    fail("--batch_size is no multiple of the processes", unless=config["batch_size"] % world()[1] == 0)
-    if config["aux_coeff"] < 0:
-        config["aux_coeff"] = 0.0 if config["variant"] == "vanilla" else 1 / 32
-    plain = config["basis"] == "plain"
-    fail("--dedicated is at most 0.5, in the plain basis only", unless=config["dedicated"] <= 0.5 * plain)
-    config["dead_after"] = config["dead_after"] or min(-(-tokens // 20), 10_000_000)
-    config["lr"] = config["lr"] or 3e-3 * (512 / config["d_hidden"]) ** 0.5
-    when = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    config["out_dir"] = config["out_dir"] or f"out/{Path(config['data']).name}-{config['variant']}-{when}"
-    return config
-
-
-def write_atomically(path, write):
-    """write(another path), which then takes the place of `path`, never half-written."""
-    part = path.with_name(path.name + ".part")
-    with explain(f"{path} cannot be written; make room on the disk"), contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(part.unlink, missing_ok=True)
-        write(part)
-        with open(part, "rb") as written:
-            os.fsync(written)  # a power cut must not find the new name before what it names
-        os.replace(part, path)
-
-
-class Log:
-    """Rows of metrics: one short line on the terminal, all of it in OUT/metrics.jsonl and wandb."""
-
-    def __init__(self, config, state):
-        self.out, self.rows = Path(config["out_dir"]), state["rows"]
-        with explain(f"--out_dir={self.out}: a run that is there goes on by --resume=True"):
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.out / "metrics.jsonl", "w" if config["resume"] else "x", buffering=1)
-        print("\n".join(f"{key} = {value!r}" for key, value in config.items()))
-        self.file.writelines(json.dumps(row) + "\n" for row in self.rows)  # later ones come again
-        options = dict(project=config["wandb_project"], mode=config["wandb_mode"], name=self.out.name)
-        options |= dict(id=state.get("wandb_id"), resume="allow", settings=wandb.Settings(silent=True))
-        self.wandb(wandb.init, **options, config=config, dir=self.out)
-
-    def wandb(self, call, *args, **options):
-        """call(...), a function of wandb's. A run goes on without wandb after one that fails."""
-        try:
-            call(*args, **options)
-        except Exception as e:  # of many kinds, and none is worth a run
-            print(f"warning: going on without wandb: {e}", file=sys.stderr)
-            self.wandb = lambda *args, **options: None
-
-    def __call__(self, step, row, prefix=""):
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in list(row.items())[:8])
-        print(f"{step:7d} {prefix or 'train/'}  {shown}", flush=True)
-        self.rows.append(dict(step=step) | {prefix + key: value for key, value in row.items()})
-        self.file.write(json.dumps(self.rows[-1]) + "\n")
-        self.wandb(wandb.log, self.rows[-1], step=step)
-
-
-def build(config, state, device):
-    """The data, and a crosscoder with its optimiser and schedule, new or as the state of a run has them."""
-    torch.manual_seed(config["seed"])
-    if config["data"] == "stream":
-        from collect import Stream
-
-        data = Stream(config, state["texts_read"])
-    else:
-        data = {"toy": Toy, "toy-hard": HardToy}.get(config["data"], Store)(config)
-    fail("--ce_eval=True takes a store that collect.py wrote", unless=data.docs or not config["ce_eval"])
-    with explain("data, config and checkpoint do not fit each other"):
-        options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis", "dedicated")}
-        model = CrossCoder(data.n_models, data.d_model, **options).to(device)
-        betas = config["beta1"], config["beta2"]
-        optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
-        if config["resume"]:  # of the optimiser only its moments: rates are the config's
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(optimizer.state_dict() | dict(state=state["moments"]))
-        else:
-            model.start_at(data.batch(0), data.meta.get("scale"))
-        factor = lambda done, start=state["step"]: schedule(start + done, config)[1]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return data, model, optimizer, scheduler
-
-
-def train(config, state=None):
-    """Trains by the config, on from a run's state if one is given; returns the crosscoder, in eval mode."""
-    warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    device = set_up(config["device"])
-    config, rank = resolve(config), world()[0]
-    state = state or dict(step=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
-    data, model, optimizer, scheduler = build(config, state, device)
-    log = Log(config, state) if rank == 0 else lambda *row: None
-    steps, batch_size, found = config["steps"], config["batch_size"], None
-    logged_at, logged_step = time.perf_counter(), state["step"]
-
-    for step, x in prefetched(data, range(state["step"], steps)):
-        l1_coeff, lr = config["l1_coeff"] * schedule(step, config)[0], scheduler.get_last_lr()[0]
-        model.spare = [p.grad.flatten(1) for p in (model.W_enc, model.W_dec) if p.grad is not None]
-        optimizer.zero_grad()
-        losses = model.losses(x, l1_coeff, config["aux_coeff"], config["k_aux"], config["dead_after"])
-        losses["loss"].backward()
-        for p in model.parameters() if world()[1] > 1 else ():
-            p.grad = reduce(p.grad)  # all are ready at once: there is nothing to overlap this with
-        largest = config["grad_clip"] or torch.inf
-        with explain(f"step {step}, --lr={lr:.3g}, loss {losses['loss']:.3g}; the last checkpoint is whole"):
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), largest, error_if_nonfinite=True)
-        optimizer.step()
-        scheduler.step()
-        step += 1
-        stop = reduce(model.scale.new_tensor(len(stop_signals))) > 0  # of any process
-        due = lambda every, step=step: step == steps or (every and step % every == 0)
-        if due(config["log_every"]):
-            speed = batch_size * (step - logged_step) / (time.perf_counter() - logged_at)
-            row = dict(tokens_per_second=speed, dead_latents=losses["dead"])
-            row |= metrics(model, reduce(sums(losses))) | dict(threshold=model.threshold.item())
-            row |= dict(lr=lr, l1_coeff=l1_coeff, tokens=step * batch_size, grad_norm=grad_norm.item())
-            log(step, row)
-            logged_at, logged_step = time.perf_counter(), step
-        if rank == 0 and config["val_tokens"] and due(config["eval_every"]):
-            found = validate(model, data, l1_coeff)
-            log(step, found[0], "val/")
-        if rank == 0 and (due(config["save_every"]) or stop):
-            state |= dict(config=config, step=step, rows=log.rows, texts_read=data.texts_read)
-            state |= dict(model=model.state_dict(), moments=optimizer.state_dict()["state"])
-            write_atomically(log.out / "checkpoint.pt", functools.partial(torch.save, state))
-        if stop and step < steps:
-            if rank == 0:
-                print(f"stopped at step {step}: go on by --resume=True --out_dir={log.out}", file=sys.stderr)
-            raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
-
-    model.eval()
-    if rank == 0:
-        model.save_pretrained(log.out)
-        if config["val_tokens"]:
-            report(model, data, config, log, *(found or validate(model, data, config["l1_coeff"])))
-        print(f"weights: CrossCoder.from_pretrained({str(log.out)!r})")
-        log.wandb(wandb.finish)
-    return model
 
 
 def stop_soon(number, _):
@@ -765,28 +699,223 @@ def stop_soon(number, _):
     signal.signal(number, signal.SIG_DFL)
 
 
-def main(argv, state=None):
+def warm_up(step, steps):
+    """Factor of l1_coeff: linear from 0 in the first 5% of the steps."""
+    return min(1, (step + 1) / (0.05 * steps))
+
+
+def lr_factor(step, steps):
+    """Factor of lr: warm-up, constant, linear to 0 over the last 20% of the steps."""
+    return min(warm_up(step, steps), (steps - step) / (0.2 * steps))
+
+
+def is_due(step, every, steps):
+    """Whether to do now what is done every so many steps, and at the last one; 0: only at that."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def resolve(config):
+    """The config with its by-rule values; ends the program if two values do not go together."""
+    if config["variant"] != "vanilla" and config["k"] > config["d_hidden"]:
+        fail(f"--k={config['k']} is larger than --d_hidden={config['d_hidden']}")
+    if config["batch_size"] % world()[1]:
+        fail("--batch_size is no multiple of the processes")
+    if not config["resume"] and Path(config["out_dir"], "checkpoint.pt").exists():
+        fail(f"--out_dir={config['out_dir']} holds a run already, which goes on by --resume=True")
+    if config["dedicated"] and config["basis"] != "plain":
+        fail("--dedicated is for the plain basis only")
+    when = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    name = f"out/{Path(config['data']).name}-{config['variant']}-{when}"
+    tokens = config["steps"] * config["batch_size"]
+    config = dict(config)
+    config["out_dir"] = config["out_dir"] or name
+    config["lr"] = config["lr"] or 3e-3 * (512 / config["d_hidden"]) ** 0.5
+    config["dead_after"] = config["dead_after"] or min(-(-tokens // 20), 10_000_000)
+    if config["aux_coeff"] < 0:
+        config["aux_coeff"] = 0.0 if config["variant"] == "vanilla" else 1 / 32
+    return config
+
+
+def open_data(config, texts_read=0):
+    """The data that config["data"] names; of a stream what comes after the texts already read."""
+    if config["data"] == "stream":
+        from collect import Stream
+
+        return Stream(config, texts_read)
+    kinds = {"toy": Toy, "toy-hard": HardToy}
+    return kinds.get(config["data"], Store)(config)
+
+
+def read_checkpoint(out):
+    """The state of the run in the folder `out`, as `train` saves it. Runs no code that is in it."""
+    with explain(f"--out_dir={out}: its checkpoint.pt is no checkpoint, or not whole"):
+        state = torch.load(Path(out) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        state["config"] = dict(state["config"])
+        state["rows"] = [dict(row) for row in state["rows"]]
+        state["step"] = int(state["step"])
+        state["texts_read"] = int(state["texts_read"])
+    return state
+
+
+class Log:
+    """Rows of metrics: one short line on the terminal, all of it in OUT/metrics.jsonl and wandb."""
+
+    def __init__(self, config, state):
+        self.out = Path(config["out_dir"])
+        self.rows = state["rows"]
+        with explain(f"--out_dir={self.out} cannot be made", OSError):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.out / "metrics.jsonl", "w", buffering=1)
+        self.file.writelines(json.dumps(row) + "\n" for row in self.rows)  # later ones come again
+        print(json.dumps(config, indent=4))
+        self.has_wandb = True
+        options = dict(project=config["wandb_project"], mode=config["wandb_mode"], config=config)
+        options |= dict(id=state.get("wandb_id"), resume="allow", name=self.out.name, dir=self.out)
+        self.to_wandb(wandb.init, **options, settings=wandb.Settings(silent=True))
+
+    def to_wandb(self, call, *args, **options):
+        """call(...), a function of wandb's. A run goes on without wandb after one that fails."""
+        try:
+            if self.has_wandb:
+                call(*args, **options)
+        except Exception as e:  # of many kinds, and none is worth a run
+            print(f"warning: going on without wandb: {e}", file=sys.stderr)
+            self.has_wandb = False
+
+    def __call__(self, step, row, prefix=""):
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in list(row.items())[:8])
+        print(f"{step:7d} {prefix or 'train/'}  {shown}", flush=True)
+        named = {"step": step} | {prefix + key: value for key, value in row.items()}
+        text = json.dumps(named, default=float)  # numbers of any library
+        self.rows.append(json.loads(text))
+        self.file.write(text + "\n")
+        self.to_wandb(wandb.log, self.rows[-1], step=step)
+
+
+def train(config, state=None):
+    """Trains by the config, on from a run's state if given; returns the model, in eval mode."""
+    device = set_up(config["device"])
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    config = resolve(config)
+    steps = config["steps"]
+    rank, n_processes = world()
+    is_new = state is None
+    if is_new:
+        state = dict(step=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
+
+    # data, model, optimiser
+    torch.manual_seed(config["seed"])
+    data = open_data(config, state["texts_read"])
+    options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis", "dedicated")}
+    model = CrossCoder(data.n_models, data.d_model, **options).to(device)
+    betas = (config["beta1"], config["beta2"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps))
+    if is_new:
+        model.start_at(data.batch(0))
+    else:
+        with explain("data, config and checkpoint do not fit each other"):
+            model.load_state_dict(state["model"])
+            moments = dict(state=state["moments"])  # rates are the config's
+            optimizer.load_state_dict(optimizer.state_dict() | moments)
+        warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+        for _ in range(state["step"]):  # a scheduler of any kind gets there so
+            scheduler.step()
+    if rank == 0:
+        log = Log(config, state)
+
+    is_finished = state["step"] >= steps
+    logged_at, logged_step = time.perf_counter(), state["step"]
+    for step, x in prefetched(data, state["step"], steps):
+        # forward and backward
+        model.train()
+        l1_coeff = config["l1_coeff"] * warm_up(step, steps)
+        aux = {key: config[key] for key in ("aux_coeff", "k_aux", "dead_after")}
+        losses = model.losses(x, l1_coeff, **aux)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        if n_processes > 1:  # all are ready at once: there is nothing to overlap this with
+            for p in model.parameters():
+                p.grad = reduce(p.grad)
+
+        # clip and step
+        lr = scheduler.get_last_lr()[0]
+        largest = config["grad_clip"] or torch.inf
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), largest)
+        if not grad_norm.isfinite():
+            fail(f"step {step}: a non-finite gradient, by --lr={lr:.3g}; no checkpoint has it")
+        optimizer.step()
+        scheduler.step()
+        step += 1
+
+        # log
+        if is_due(step, config["log_every"], steps):
+            row, _ = metrics(model, [reduce(sums(losses))])
+            seconds = time.perf_counter() - logged_at
+            row["tokens_per_second"] = config["batch_size"] * (step - logged_step) / seconds
+            row |= dict(tokens=step * config["batch_size"], lr=lr, l1_coeff=l1_coeff)
+            row |= dict(grad_norm=grad_norm.item(), threshold=model.threshold.item())
+            if rank == 0:
+                log(step, row)
+            logged_at, logged_step = time.perf_counter(), step
+
+        # validate
+        if rank == 0 and config["val_tokens"] and is_due(step, config["eval_every"], steps):
+            row, _ = validate(model, data, l1_coeff)
+            log(step, row, "val/")
+
+        # save, and stop if any process was asked to
+        stop = reduce(grad_norm.new_tensor(len(stop_signals))) > 0
+        if rank == 0 and (stop or is_due(step, config["save_every"], steps)):
+            state |= dict(config=config, step=step, rows=log.rows)
+            state["texts_read"] = getattr(data, "texts_read", 0)
+            state |= dict(model=model.state_dict(), moments=optimizer.state_dict()["state"])
+            write_atomically(log.out / "checkpoint.pt", lambda part: torch.save(state, part))
+        if stop and step < steps:
+            if rank == 0:
+                again = f"--resume=True --out_dir={log.out}"
+                print(f"stopped at step {step}: go on by {again}", file=sys.stderr)
+            raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
+
+    # weights and report
+    model.eval()
+    if rank == 0:
+        model.save_pretrained(log.out)
+        print(f"weights: CrossCoder.from_pretrained({str(log.out)!r})")
+        if is_finished:
+            print(f"it was finished already; its report: python report.py --run={log.out}")
+        elif find_spec("report") is None:
+            print("no report: report.py is not beside train.py")
+        elif config["val_tokens"]:
+            from report import report
+
+            page = report(model, data, config, log.rows)
+            log.to_wandb(wandb.log, dict(report=wandb.Html(page)), step=steps)
+        log.to_wandb(wandb.finish)
+    return model
+
+
+def main(argv):
+    texts = read_command_line(argv, __file__)
+    state, saved = None, {}
+    if texts.get("resume") == "True":
+        state = read_checkpoint(texts.get("out_dir", ""))
+        saved = state["config"]
+        saved.pop("trust_remote_code", None)  # only the command line switches that on
+    given = saved | texts
     defaults, values = config, allowed
-    if "--data=stream" in argv:
+    if given.get("data") == "stream":
         import collect
 
         defaults, values = collect.config | config, collect.allowed | allowed
-    settings = defaults | read_command_line(defaults, values, argv, __file__)
-    if settings["resume"] and not state:
-        out = Path(settings["out_dir"])
-        with explain(f"--out_dir={out}: its checkpoint.pt is no checkpoint, or not whole"):  # runs no code:
-            state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-            saved = {key: value for key, value in state["config"].items() if key != "trust_remote_code"}
-            state |= dict(rows=[dict(row) for row in state["rows"]], texts_read=int(state["texts_read"]))
-        return main([f"--{key}={value}" for key, value in saved.items()] + argv, state)
-    config_then = defaults | (state["config"] if state else settings)
-    same = all(settings[key] == config_then[key] for key in ("basis", "dedicated"))
-    fail("--basis or --dedicated is not this run's, and resuming cannot change it", unless=same)
+    settings = checked(given, defaults, values)
+    for key in {"variant", "basis", "dedicated"}.intersection(saved):
+        if settings[key] != saved[key]:
+            fail(f"--{key} is not this run's, and resuming cannot change it")
     return train(settings, state)
 
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_soon)
-    with explain("what was saved before is whole", OSError):
-        main(sys.argv[1:])
+    main(sys.argv[1:])
