@@ -47,16 +47,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import has_file
 
-from train import (
-    at_least_1,
-    checked,
-    explain,
-    fail,
-    read_command_line,
-    set_up,
-    world,
-    write_atomically,
-)
+import train
+from train import checked, explain, fail, read_command_line, set_up, world, write_atomically
 
 # --- Config ---------------------------------------------------------------------------------------
 
@@ -88,7 +80,7 @@ config = dict(
 # What a value may be: one of a list, or a number (from, to below).
 allowed = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
 for key in ("n_tokens", "seq_len", "texts_per_batch", "shuffle_rows"):
-    allowed[key] = at_least_1
+    allowed[key] = train.at_least_1
 
 # --- Models ---------------------------------------------------------------------------------------
 

@@ -220,7 +220,9 @@ def test_the_transposed_product_is_the_sum_of_those_of_dense_codes():
 def chosen(model, x):
     """The f [batch, d_hidden] that the fast way chooses, from its threshold on."""
     nothing = torch.zeros(0, dtype=torch.long)
-    (active,) = model.choose(model.scaled(x).flatten(1), model.W_enc.flatten(1), nothing, 5)
+    (active,) = model.choose(
+        model.scaled(x).flatten(1), model.W_enc.flatten(1), model.decoder_norm(), nothing, 5
+    )
     assert (active.pre > 0).all()
     f = torch.zeros(len(x), len(model.b_enc))
     return f.index_put((active.row, active.latent), active.pre)

@@ -462,42 +462,44 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         """Raw activations -> reconstructed ones, [batch, n_models, d_model]."""
         f = self.encode(x)
         if self.training:
-            row, latent = f.nonzero(as_tuple=True)
-            self.track(f[row, latent], latent, len(x))
+            score = f * self.decoder_norm()
+            row, latent = score.nonzero(as_tuple=True)
+            self.track(score[row, latent], latent, len(x))
         return self.decode(f)
 
     @torch.no_grad()
-    def track(self, f, latent, batch):
+    def track(self, score, latent, batch):
         """
-        Moves on what training moves, as BatchNorm does, by a batch's f > 0 [n] of the latents
-        `latent` [n]: threshold [], a running mean of the least score, f * decoder norm, which one
-        must reach in batchtopk's eval mode, so that a token's code does not depend on its batch;
-        and since_fired [d_hidden], the tokens since each latent fired.
+        Moves on what training moves, as BatchNorm does, by a batch's scores > 0, f * decoder norm,
+        [n] and their latents [n]: threshold [], a running mean of the least score, which one must
+        reach in batchtopk's eval mode, so that a token's code does not depend on its batch; and
+        since_fired [d_hidden], the tokens since each latent fired.
         """
         fired = reduce(latent.bincount(minlength=len(self.since_fired)).float())
         self.since_fired += batch * world()[1]
         self.since_fired[fired > 0] = 0
         if self.variant == "batchtopk" and fired.any():
-            score = F.pad(f * self.decoder_norm()[latent], (0, 1), value=torch.inf)
-            least = -reduce(-score.min(), "max")
+            least = F.pad(
+                score, (0, 1), value=torch.inf
+            ).min()  # of this process, which may have none
+            least = -reduce(-least, "max")
             is_first = self.threshold == 0  # it starts there, from no sentinel
             self.threshold.lerp_(least, torch.where(is_first, 1.0, 0.1))
 
     # --- The same, fast: what is 0 in f has no gradient, so that leaving it out is exact ---
 
     @torch.no_grad()
-    def choose(self, x, W_enc, dead, k_aux, look_over=0.8):
+    def choose(self, x, W_enc, norm, dead, k_aux, look_over=0.9):
         """
         Returns [active], or [active, revived] if any latents are `dead`: the Entries that are
         active for scaled x [batch, n_models * d_model] by W_enc [d_hidden, n_models * d_model], and
         those of the k_aux largest pre-activations of dead latents in each row. Batchtopk looks at
-        scores over 0.8 of its threshold, and again at all of them if the cut turns out lower.
+        scores over 0.9 of its threshold, and again at all of them if the cut turns out lower.
         """
         is_searching = self.variant == "batchtopk" and self.training
         cut = self.threshold  # 0 in other variants
         if is_searching:
             cut = look_over * cut
-        norm = self.decoder_norm()
         bound = 0.9999 * cut / norm  # in terms of the pre-activation; a hair low, for rounding
         active, revived = [], []
         first = 0
@@ -520,7 +522,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         if is_searching:
             least = self.batch_cut(score, len(x))
             if least < cut:
-                return self.choose(x, W_enc, dead, k_aux, look_over=0)
+                return self.choose(x, W_enc, norm, dead, k_aux, look_over=0)
             cut = least
         keep = (score >= cut) & (pre > 0)
         codes = [Entries(row[keep], latent[keep], pre[keep])]
@@ -542,7 +544,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         W_dec = self.own(self.W_dec).flatten(1)
         is_dead = self.since_fired > dead_after
         dead = (is_dead & (aux_coeff > 0)).nonzero().flatten()
-        codes = self.choose(y, W_enc, dead, k_aux)
+        norm = self.decoder_norm()
+        codes = self.choose(y, W_enc, norm, dead, k_aux)
         latent = codes[0].latent
 
         pre = EncodeAt.apply(y, W_enc, self.b_enc, codes)
@@ -550,7 +553,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         decoded = DecodeAt.apply(W_dec, len(x), codes, f, *pre[1:])
         error = decoded[0] + self.b_dec.flatten() - y
         l2_loss = mean_square(error)
-        l1_loss = (f * self.decoder_norm()[latent]).sum() / len(x)
+        score = f * norm[latent]
+        l1_loss = score.sum() / len(x)
         aux_loss = torch.zeros_like(l2_loss)
         if len(dead):  # by pre-activations, so that it reaches those that are negative everywhere
             aux_loss = mean_square(error.detach() + decoded[1]) * min(len(dead) / k_aux, 1)
@@ -558,10 +562,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         if self.variant == "vanilla":
             loss = loss + l1_coeff * l1_loss
 
-        latent = latent[f > 0]
-        fired = latent.bincount(minlength=len(W_dec))
+        fires = score > 0
+        fired = latent[fires].bincount(minlength=len(norm))
         if self.training:
-            self.track(f[f > 0], latent, len(x))
+            self.track(score[fires], latent[fires], len(x))
         losses = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, aux_loss=aux_loss)
         losses |= dict(l0_loss=fired.sum() / len(x), dead_latents=is_dead.sum())
         return losses | dict(x=x, error=error.view_as(x), fired=fired)
