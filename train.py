@@ -479,9 +479,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         self.since_fired += batch * world()[1]
         self.since_fired[fired > 0] = 0
         if self.variant == "batchtopk" and fired.any():
-            least = F.pad(
-                score, (0, 1), value=torch.inf
-            ).min()  # of this process, which may have none
+            least = F.pad(score, (0, 1), value=torch.inf).min()  # a process may have none
             least = -reduce(-least, "max")
             is_first = self.threshold == 0  # it starts there, from no sentinel
             self.threshold.lerp_(least, torch.where(is_first, 1.0, 0.1))
@@ -503,12 +501,9 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         bound = 0.9999 * cut / norm  # in terms of the pre-activation; a hair low, for rounding
         active, revived = [], []
         first = 0
-        for block in x.split(
-            1 + 10 * 2**20 // len(norm)
-        ):  # 40 MB: [batch, d_hidden] is never whole
-            for pre in F.linear(block, W_enc, self.b_enc).split(
-                128
-            ):  # seen while it is in the cache
+        # Blocks of 40 MB: [batch, d_hidden] is never whole, and looked at while it is in the cache.
+        for block in x.split(1 + 10 * 2**20 // len(norm)):
+            for pre in F.linear(block, W_enc, self.b_enc).split(128):
                 is_active = pre > bound
                 if self.variant == "topk":
                     is_active = among_largest(pre * norm, self.k)
