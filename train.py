@@ -196,7 +196,8 @@ class Toy:
     def __init__(self, config):
         self.config = config
         g = torch.Generator().manual_seed(config["seed"])
-        self.kind, directions = [], []
+        self.kind = []  # [feature]
+        directions = []
         for kind, (n, size_a, size_b, turn) in self.kinds.items():
             a, b = F.normalize(torch.randn(2, n, self.d_model, generator=g), dim=-1)
             b = F.normalize(a + turn * b, dim=-1)
@@ -283,7 +284,8 @@ class Store:
         """What collect.py says of the models, the texts, and which token a row is."""
         self.meta = json.loads((self.path / "meta.json").read_text())
         self.docs = load_from_disk(self.path / "docs")["input_ids"]
-        self.doc, self.pos = index["doc"].to_numpy(), index["pos"].to_numpy()
+        self.doc = index["doc"].to_numpy()
+        self.pos = index["pos"].to_numpy()
         if self.doc.max() >= len(self.docs):
             raise ValueError(f"docs has {len(self.docs)} rows")
 
@@ -896,7 +898,8 @@ def train(config, state=None):
 
 def main(argv):
     texts = read_command_line(argv, __file__)
-    state, saved = None, {}
+    state = None
+    saved = {}
     if texts.get("resume") == "True":
         state = read_checkpoint(texts.get("out_dir", ""))
         saved = state["config"]
