@@ -26,7 +26,6 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -885,13 +884,13 @@ def train(config, state=None):
         print(f"weights: CrossCoder.from_pretrained({str(log.out)!r})")
         if is_finished:
             print(f"it was finished already; its report: python report.py --run={log.out}")
-        elif find_spec("report") is None:
+        elif not Path(__file__).with_name("report.py").exists():
             print("no report: report.py is not beside train.py")
         elif config["val_tokens"]:
             from report import report
 
             page = report(model, data, config, log.rows)
-            log.to_wandb(wandb.log, dict(report=wandb.Html(page)), step=steps)
+            log.to_wandb(lambda: wandb.log(dict(report=wandb.Html(page)), step=steps))
         log.to_wandb(wandb.finish)
     return model
 
