@@ -1949,6 +1949,7 @@ def test_models_that_cannot_be_spliced_into_cost_no_trained_weights(pairs, capsy
     assert Path("out/report.html").read_text() == page
 
 
+@pytest.mark.slow
 def test_a_store_whose_tokenizer_has_code_runs_none_even_if_asked_to(pairs):
     collect.collect(collect_config(pairs["gpt2"][0], n_tokens=500))
     evil = Path("evil")
@@ -2502,6 +2503,7 @@ def runs(tmp_path_factory):
     return folder / "1", folder / "2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aux_coeff", [0, 0.1])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_processes_train_what_one_trains(runs, variant, aux_coeff):
