@@ -384,7 +384,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     def activate(self, pre, latent=...):
         """
         f of pre-activations [batch, d_hidden], or of some [n] that are of the latents `latent` [n],
-        by which to index a parameter of the latents. It must be 0 where they are not over 0.
+        by which to index a parameter of the latents. It must be 0 where they are not over 0; topk
+        and batchtopk choose as if it were ReLU.
         """
         return F.relu(pre)
 
