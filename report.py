@@ -5,9 +5,12 @@ Reports on a run of train.py: what did fine-tuning change? train.py calls `repor
     python report.py --run=out/RUN --splice=True  # and what its latents do to what the models say
 
 Any key of the config is set by --key=value. It writes RUN/report.html, a page that fetches nothing:
-how many latents both models share and each has alone, which of them changed most, and the texts
-that these fire on; RUN/report.svg, its picture; and, of splicing, a row of RUN/metrics.jsonl.
-Latent scaling: Minder, Dumas et al. 2025, arXiv 2504.02922.
+how large the change is, how many latents both models share and each has alone, and of those that
+carry most of it the texts that they fire on; RUN/latents.csv, all that are alive; RUN/report.svg,
+the picture; and, of splicing, a row of RUN/metrics.jsonl. All figures are of rows held out; those
+of a store that knows its texts, of texts of which no row was trained on.
+Latent scaling: Minder, Dumas et al. 2025, arXiv 2504.02922. Attribution patching: Nanda 2023; Syed
+et al. 2023, arXiv 2310.10348. Reduced-rank regression: Izenman 1975.
 """
 
 import html
@@ -19,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from datasets import load_from_disk
 from einops import einsum
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -43,22 +48,18 @@ def compare(model, frequency):
     """
     A DataFrame of the latents that fire, frequency [d_hidden] > 0, by their decoder vectors d_A and
     d_B in each model's scale: relative_norm, ||d_B|| / (||d_A|| + ||d_B||), and by it the kind;
-    change, ||d_B - d_A|| / (||d_A|| + ||d_B||); cosine; and how much of all change a latent
-    carries, frequency * ||d_B - d_A|| or, in the delta basis, frequency * change.
+    change, ||d_B - d_A|| / (||d_A|| + ||d_B||); cosine; and carries, frequency * change.
     """
     a, b = model.in_models(model.W_dec).detach().cpu().unbind(1)  # [latent, d_model]
     norms = a.norm(dim=1) + b.norm(dim=1)
-    size = (b - a).norm(dim=1)
     columns = dict(
         relative_norm=b.norm(dim=1) / norms,
-        change=size / norms,
+        change=(b - a).norm(dim=1) / norms,
         frequency=frequency.cpu(),
         cosine=torch.cosine_similarity(a, b),
     )
-    if model.basis == "delta":
-        size = columns["change"]
-    columns["carries"] = columns["frequency"] * size
     table = pd.DataFrame(columns)
+    table["carries"] = table.frequency * table.change
     kinds = ["base-only", "uneven", "shared", "uneven", "fine-tuned-only"]
     table["kind"] = np.take(kinds, np.digitize(table.relative_norm, [0.1, 0.4, 0.6, 0.9]))
     return table.query("frequency > 0")
@@ -78,8 +79,6 @@ def latent_scaling(model, batches, latents):
     own = d.norm(dim=2).argmax(1)
     d_own = d[n, own]
     beta = d.new_zeros(2, len(d), 2)  # [nu, latent, model], but for a factor
-    if not len(d):
-        batches = []
     for x in batches:
         x = x.to(d)
         f = model.encode(x)
@@ -91,25 +90,6 @@ def latent_scaling(model, batches, latents):
         beta[1] += einsum(f.square(), d, d_own, left_in)
     nu = beta[:, n, 1 - own] / beta[:, n, own]
     return pd.DataFrame(nu.T.cpu().numpy(), latents, ["nu_r", "nu_epsilon"])
-
-
-def verdict(model, table):
-    """What the table says of the model, in a sentence."""
-    said = f"of {len(model.b_enc):,} latents {len(table):,} are alive"
-    for kind in ("shared", "base-only", "fine-tuned-only"):
-        said += f", {(table.kind == kind).sum():,} {kind}"
-    if table.confirmed.notna().any():
-        said += f", {table.confirmed.sum():,} confirmed"
-    elif model.basis == "plain":
-        said += ": no exclusive latents"
-    if model.basis == "delta":
-        half = 1 + (table.carries.cumsum() < table.carries.sum() / 2).sum()
-        said += f"; {half:,} of them carry half of the change"
-    if model.dedicated:
-        is_dedicated = ~model.owned[table.index].flatten(1).all(1)
-        own = table.confirmed[is_dedicated.tolist()]
-        said += f"; of {len(own):,} dedicated ones that are alive {own.sum():,} are confirmed"
-    return said
 
 
 def toy_score(data, model, table):
@@ -139,104 +119,171 @@ def toy_score(data, model, table):
 # --- Splicing -------------------------------------------------------------------------------------
 
 
-def log_probabilities(model, hook, input_ids, where, values):
+def load_models(data, device):
     """
-    Next-token log-probabilities [position - 1, vocabulary] of an NNsight model on a text, input_ids
-    [1, position], with values [n, d_model] put into the output of the module `hook` at the
-    positions `where` [n].
-    """
-    from collect import hidden
-
-    with model.trace(input_ids=input_ids, use_cache=False):
-        hidden(model.get(hook).output)[0][where] = values
-        logits = model.output.logits.save()
-    return logits[0, :-1].float().log_softmax(-1)
-
-
-def to_splice(crosscoder, x, kept, latents):
-    """
-    Yields for each figure of `splice` that is a loss its name, the model, 0 for A or 1 for B, where
-    to put what into it: positions [n] and values [n, d_model]. x are the models' outputs, two of
-    [position, d_model], and kept [n] the positions of which the store has rows.
-    """
-    y = torch.stack(x, dim=1)[kept]  # [n, model, d_model]
-    f = crosscoder.encode(y)
-    x_hat = crosscoder.decode(f)
-    for m, letter in enumerate("AB"):
-        yield f"ce_clean_{letter}", m, kept, y[:, m]
-        yield f"ce_spliced_{letter}", m, kept, x_hat[:, m]
-        yield f"ce_zero_{letter}", m, kept, 0
-    yield "kl_clean_A", 0, kept, y[:, 0]
-    yield "kl_all_of_B", 0, ..., x[1]
-    d = crosscoder.unscaled(crosscoder.W_dec)
-    for name, j in latents.items():
-        more = f[:, j] @ (d[j, 1] - d[j, 0])
-        yield f"kl_{name}", 0, kept, y[:, 0] + more
-
-
-@torch.no_grad()
-def splice(crosscoder, data, latents, n_texts=16):
-    """
-    What splicing into the models at the hook does to them, in nats per token of texts of held-out
-    rows of the Store `data`. Of both, cross-entropy as they are (ce_clean), with the crosscoder's
-    reconstruction (ce_spliced) and with 0 (ce_zero); loss_recovered is (zero - spliced) / (zero -
-    clean). And how far the base model is from the fine-tuned one, by KL divergence, as it is
-    (kl_clean_A), with all of B's activation (kl_all_of_B), and for each {name: list} of latents
-    with what those say that B has more, the sum of f (d_B - d_A), added (kl_NAME); recovered_NAME
-    is (clean_A - NAME) / (clean_A - all_of_B). Where the store has no row, as at the first
-    position, no reconstruction, 0 or sum is put. Ends the program if a model cannot be loaded.
+    Of both models of the Store `data` each: (NNsight model, path of its hook, paths of the blocks
+    up to it, which need not run if all of its output is put in; none if it is no block). Ends the
+    program if one cannot be loaded.
     """
     from nnsight import NNsight
 
-    from collect import activations, load
+    from collect import load
 
-    device = crosscoder.scale.device
     meta = data.meta | dict(trust_remote_code=False)
     models = []
     for key, hook in zip(data.names, meta["hooks"]):
         model, _ = load(key, meta, device)
-        models.append((NNsight(model), hook))
+        blocks, _, i = hook.rpartition(".")
+        earlier = [f"{blocks}.{j}" for j in range(int(i) + 1)] if i.isdigit() else []
+        models.append((NNsight(model.requires_grad_(False)), hook, earlier))
+    return models
 
-    sums = Counter()
-    n_tokens = 0
-    for doc in np.unique(data.doc[data.n_train :])[:n_texts]:
-        ids = torch.tensor([data.docs[int(doc)]], device=device)
+
+def log_probabilities(model, hook, earlier, ids, x):
+    """
+    Next-token log-probabilities [position, vocabulary] that one of load_models gives to a text, ids
+    [1, position], with x [position, d_model] as the output of its hook.
+    """
+    from collect import hidden
+
+    with model.trace(input_ids=ids, use_cache=False):
+        for path in earlier:
+            block = model.get(path)
+            block.skip(block.input)
+        hidden(model.get(hook).output)[0] = x
+        logits = model.output.logits.save()
+    return logits[0].float().log_softmax(-1)
+
+
+def read_texts(data, models, rows, n_texts=1):
+    """
+    Yields of the first n_texts docs of those rows: ids [1, position]; `kept`, the positions [n] of
+    which the store has rows; and activations x [position, model, d_model].
+    """
+    from collect import activations
+
+    for doc in np.unique(data.doc[rows])[:n_texts].tolist():
+        ids = torch.tensor([data.docs[doc]], device=models[0][0].device)
         kept = ids.new_tensor(data.pos[data.doc == doc])
-        x = [activations(*pair, ids, torch.ones_like(ids))[0] for pair in models]
-        finetuned = log_probabilities(*models[1], ids, ..., x[1])
-        for name, m, where, values in to_splice(crosscoder, x, kept, latents):
-            log_p = log_probabilities(*models[m], ids, where, values)
-            loss = -log_p.gather(1, ids[0, 1:, None])
-            if name.startswith("kl"):
-                loss = finetuned.exp() * (finetuned - log_p)
-            sums[name] += loss.sum().item()
-        n_tokens += len(finetuned)
-
-    row = pd.Series(sums) / n_tokens
-    for m in "AB":
-        zero = row[f"ce_zero_{m}"]
-        row[f"loss_recovered_{m}"] = (zero - row[f"ce_spliced_{m}"]) / (zero - row[f"ce_clean_{m}"])
-    recovered = (row.kl_clean_A - row) / (row.kl_clean_A - row.kl_all_of_B)
-    for name in latents:
-        row[f"recovered_{name}"] = recovered[f"kl_{name}"]
-    return row
+        x = [activations(model, hook, ids, torch.ones_like(ids))[0] for model, hook, _ in models]
+        yield ids, kept, torch.stack(x, dim=1)
 
 
-def causal_curve(model, data, table, n_texts):
+@torch.no_grad()
+def in_b_more(crosscoder):
+    """d_B - d_A of the latents [d_hidden, d_model], and b_dec's [d_model], in raw units."""
+    d, b = [crosscoder.unscaled(W) for W in (crosscoder.W_dec, crosscoder.b_dec)]
+    return d[:, 1] - d[:, 0], b[1] - b[0]
+
+
+def attribution(crosscoder, data, models, n_texts):
     """
-    What `splice` finds of the first n latents of the table, and of n at random, for several n; and
-    of it what they recover, {chosen or random: {n: share}}.
+    How far each latent takes the base model to the fine-tuned one to first order, in nats of KL
+    divergence per token of n_texts training texts [d_hidden]: over positions the sum of f (d_B -
+    d_A) times minus the gradient of KL at the base's activation.
     """
-    sizes = [n for n in (1, 5, 20, 100, len(table)) if n <= len(table)]
-    latents = {}
-    for n in sizes:
-        latents[f"chosen_{n}"] = table.index[:n]
-        latents[f"random_{n}"] = table.sample(n, random_state=0).index
-    row = splice(model, data, latents, n_texts)
-    curve = {}
-    for name in ("chosen", "random"):
-        curve[name] = {n: row[f"recovered_{name}_{n}"] for n in sizes}
-    return row, curve
+    more, _ = in_b_more(crosscoder)
+    total = 0
+    n_tokens = 0
+    for ids, kept, x in read_texts(data, models, data.train_rows, n_texts):
+        with torch.no_grad():
+            f = crosscoder.encode(x[kept])
+            target = log_probabilities(*models[1], ids, x[:, 1])
+        a = x[:, 0].requires_grad_()
+        log_p = log_probabilities(*models[0], ids, a)
+        F.kl_div(log_p, target, log_target=True, reduction="sum").backward()
+        total -= (f * (a.grad[kept] @ more.T)).sum(0)
+        n_tokens += len(target)
+    return total / n_tokens
+
+
+@torch.no_grad()
+def fit_yardsticks(crosscoder, data, held_out):
+    """
+    What takes no dictionary, of up to 50,000 training rows. Affine maps of A to B - A, {name: (W
+    [d_model, d_model], b [d_model])}: `map` by ridge regression; `rank_1`, the mean of B - A and
+    that part of `map` that writes one direction; `constant`, b_dec's difference. The singular
+    vectors of B - A, a column each, largest first [d_model, d_model]. And R^2 of `map`, held out.
+    """
+    a, b = data.read(np.sort(data.shuffled(0)[:50_000])).float().unbind(1)
+    change = b - a
+    centered = a - a.mean(0)
+    gram = centered.T @ centered
+    ridge = 0.01 * gram.diag().mean() * torch.eye(len(gram))
+    W = torch.linalg.solve(gram + ridge, centered.T @ change)
+    written = torch.linalg.eigh(W.T @ gram @ W).eigenvectors[:, -1]
+    maps = {}
+    for name, weights in dict(map=W, rank_1=W @ written.outer(written)).items():
+        maps[name] = weights, change.mean(0) - a.mean(0) @ weights
+    maps["constant"] = 0 * W, in_b_more(crosscoder)[1].cpu()
+    directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)
+    a, b = held_out.unbind(1)
+    error = b - a - a @ W
+    r2 = 1 - error.var(0).sum() / (b - a).var(0).sum()
+    return maps, directions, r2.item()
+
+
+def said(a, f, more, maps, sets):
+    """
+    Yields what each of the maps and of the `sets` {name: latents} says that B has more than A, at
+    rows with a [n_rows, d_model] in A and f [n_rows, latent], `more` [latent, d_model] being d_B -
+    d_A: (name, how many numbers that takes, over all rows, [n_rows, d_model]).
+    """
+    for name, (W, b) in maps.items():
+        yield name, 0, a @ W + b
+    for name, few in sets.items():
+        yield name, (f[:, few] > 0).sum().item(), f[:, few] @ more[few]
+
+
+def patches(crosscoder, x, maps, directions, sets):
+    """
+    Of rows x [n_rows, model, d_model] yields what to put in their place, each (name, model, how
+    many numbers it takes, values [n_rows, d_model]): into both models reconstructions and 0; into A
+    what directions, a map of A, or the constant and a set of latents say that B is.
+    """
+    x_hat = crosscoder(x)
+    for m, letter in enumerate("AB"):
+        yield f"clean_{letter}", m, 0, x[:, m]
+        yield f"spliced_{letter}", m, 0, x_hat[:, m]
+        yield f"zero_{letter}", m, 0, 0 * x[:, m]
+    a, b = x.unbind(1)
+    yield "all_of_B", 0, b.numel(), b
+    for n in (1, 5, 20, 100):
+        V = directions[:, :n]
+        yield f"directions_{n}", 0, n * len(a), a + (b - a) @ V @ V.T
+    more, constant = in_b_more(crosscoder)
+    for name, numbers, added in said(a, crosscoder.encode(x), more, maps, sets):
+        yield name, 0, numbers, a + added + constant * (name in sets)
+
+
+@torch.no_grad()
+def splice_in(crosscoder, data, models, n_texts, maps, directions, sets):
+    """
+    Puts each of `patches`, alone, into the rows that the store has of n_texts held-out texts.
+    Returns a DataFrame by name: numbers per row; ce, cross-entropy, and kl, divergence from the
+    fine-tuned model, in nats per token; and recovered, by how much kl is less than the base model's
+    as a share of by how much all of B's activation there makes it less, unless that is < 0.01.
+    """
+    found = []
+    sizes = []
+    for ids, kept, x in read_texts(data, models, data.val_rows, n_texts):
+        model, hook, _ = models[1]
+        target = log_probabilities(model, hook, [], ids, x[:, 1])
+        p = target.exp()
+        entropy = -torch.tensordot(p, target)
+        sizes.append((len(kept), len(p) - 1, len(p)))
+        for name, m, numbers, values in patches(crosscoder, x[kept], maps, directions, sets):
+            log_p = log_probabilities(*models[m], ids, x[:, m].index_copy(0, kept, values))
+            ce = F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").item()
+            kl = (-torch.tensordot(p, log_p) - entropy).item()
+            found.append(dict(name=name, numbers=numbers, ce=ce, kl=kl))
+    curve = pd.DataFrame(found).groupby("name", sort=False).sum() / np.sum(sizes, axis=0)
+    if curve.kl.clean_B > 1e-3:
+        fail("--splice=True: blocks after the hook read more than its output in these models")
+    of_layer = curve.kl.clean_A - curve.kl.all_of_B
+    if of_layer >= 0.01:
+        curve["recovered"] = (curve.kl.clean_A - curve.kl) / of_layer
+    return curve
 
 
 # --- Page -----------------------------------------------------------------------------------------
@@ -249,63 +296,147 @@ td, th { padding: .2em .6em; text-align: right; vertical-align: top }
 td, th { border-top: 1px solid #8884 }"""
 
 
-@torch.no_grad()
-def examples(crosscoder, data, latents):
-    """
-    For each latent, HTML of the texts around five held-out tokens with the largest f, each of
-    another text. Tokens are shown as ids if the tokenizer is not on this machine.
-    """
+def verdict(model, table, change, curve):
+    """Two sentences: how large the change is and what carries it; and of what kinds latents are."""
+    said = f"B - A is {change:.2g} of A" if change > 1e-4 else "the models do not differ here"
+    if len(curve):
+        kl = curve.kl
+        said += f"; KL {kl.clean_A:.2g} nats a token, of which this layer "
+        if "recovered" in curve:
+            share = curve.recovered.map("{:.0%}".format)
+            said += f"{1 - kl.all_of_B / kl.clean_A:.0%}. Of that: constant {share.constant}, "
+            said += f"one direction {share.rank_1}, affine map {share['map']}; with the constant "
+            said += f"20 latents {share.chosen_20}, 100 {share.chosen_100}, all {share.chosen_all}"
+        else:
+            said += "less than 0.01, too little to be shared out"
+    kinds = f"of {len(model.b_enc):,} latents {len(table):,} are alive"
+    for kind in ("shared", "base-only", "fine-tuned-only"):
+        kinds += f", {(table.kind == kind).sum():,} {kind}"
+    kinds += f", {table.confirmed.sum():,} confirmed"
+    if model.dedicated:
+        is_dedicated = ~model.owned[table.index].flatten(1).all(1)
+        own = table.confirmed[is_dedicated.tolist()]
+        kinds += f"; of {len(own):,} dedicated ones that are alive {own.sum():,} are confirmed"
+    return said, kinds
+
+
+def find_decoder(data):
+    """The function from ids to text; it shows ids if the tokenizer is not on this machine."""
     from transformers import AutoTokenizer
 
     try:
-        decode = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             data.meta["tokenizer"], local_files_only=True, trust_remote_code=False
         ).decode
     except Exception:  # of many kinds; it is what a stranger named, and ids will do
-        decode = str
-    index = pd.DataFrame(dict(doc=data.doc, pos=data.pos))[data.n_train :]
-    codes = [crosscoder.encode(x)[:, latents].cpu() for x in data.validation()]
-    for f in torch.cat(codes).T.numpy():
-        rows = index.assign(f=f / f.max()).query("f > 0")
-        rows = rows.sort_values("f", ascending=False, kind="stable")
-        lines = []
-        for doc in rows.doc.unique()[:5].tolist():
-            shade = rows[rows.doc == doc].set_index("pos").f
-            lines.append(snippet(data.docs[doc], shade, decode))
-        yield f'<div class="texts">{"<br>".join(lines)}</div>'
+        return lambda ids: " ".join(map(str, ids))
 
 
 def snippet(ids, shade, decode):
     """HTML of the tokens ids around where shade is deepest, a Series of 0 to 1 by position."""
     spans = ""
+    text = ""
     pos = shade.idxmax()
-    for i in range(len(ids))[max(0, pos - 16) : pos + 9]:
-        token = html.escape(decode([ids[i]]).replace("\n", "↵"))
-        spans += f'<span style="background: rgb(255 140 0/{shade.get(i, 0):.2f})">{token}</span>'
+    first = max(0, pos - 16)
+    for i in range(len(ids))[first : pos + 9]:
+        so_far = decode(ids[first : i + 1])
+        if not so_far.endswith("\ufffd"):  # else the rest of a letter is in the next token
+            more = html.escape(so_far.removeprefix(text).replace("\n", "↵"))
+            spans += f'<span style="background: rgb(255 140 0/{shade.get(i, 0):.2f})">{more}</span>'
+            text = so_far
     return spans
+
+
+def examples(data, rows, decode):
+    """
+    Of held-out rows, a DataFrame of doc, pos, source and size: HTML of the texts around the five
+    largest, each of another text; and of the 20 largest the most frequent source, with its share of
+    them and of all rows.
+    """
+    largest = rows[rows["size"] > 0].sort_values("size", ascending=False, kind="stable")
+    lines = []
+    for doc in largest.doc.unique()[:5].tolist():
+        shade = largest[largest.doc == doc].set_index("pos")["size"] / rows["size"].max()
+        lines.append(snippet(data.docs[doc], shade, decode))
+    share = largest.source[:20].value_counts(normalize=True)
+    first = share.idxmax()
+    usual = (rows.source == first).mean()
+    source = html.escape(f"{first} {share[first]:.0%} (of all {usual:.0%})")
+    return dict(texts=f'<div class="texts">{"<br>".join(lines)}</div>', source=source)
+
+
+@torch.no_grad()
+def likelier(data, base, row, added, decode):
+    """
+    The five next tokens whose probability rises most when `added` [d_model] is added to the base
+    model's activation at that row, and by how much.
+    """
+    from collect import activations
+
+    model, hook, _ = base
+    pos = data.pos[row]
+    ids = torch.tensor([data.docs[int(data.doc[row])][: pos + 1]], device=added.device)
+    a = activations(model, hook, ids, torch.ones_like(ids))[0]
+    changed = a.clone()
+    changed[pos] += added
+    before, after = [log_probabilities(*base, ids, y)[pos].exp() for y in (a, changed)]
+    rise, token = (after - before).topk(5)
+    return html.escape(", ".join(f"{decode([i])!r} {y:+.3f}" for i, y in zip(token.tolist(), rise)))
+
+
+@torch.no_grad()
+def described(model, data, held_out, top, models, maps):
+    """
+    The table `top` of latents with the texts that they fire on and, with models, the tokens that
+    they make likelier; and before them the same of the constant and of the map of rank 1.
+    """
+    decode = find_decoder(data)
+    rows = pd.DataFrame(dict(doc=data.doc, pos=data.pos)).iloc[data.val_rows]
+    sources = pd.Series(load_from_disk(data.path / "docs")["source"])
+    rows["source"] = sources[rows.doc].to_numpy()
+    f = torch.cat([model.encode(x)[:, top.index] for x in held_out.split(1024)])
+    more = in_b_more(model)[0][top.index]
+    one_each = {j: [i] for i, j in enumerate(top.index)}
+    found = {}
+    for name, _, added in said(held_out[:, 0].to(f), f, more, maps, one_each):
+        rows["size"] = added.norm(dim=1).cpu().numpy()
+        i = rows["size"].argmax()
+        if rows["size"].iloc[i] > 0:  # it is 0 of maps, of the same model twice
+            found[name] = examples(data, rows, decode)
+            if models:
+                row = data.val_rows[i]
+                found[name]["likelier"] = likelier(data, models[0], row, added[i], decode)
+    shown = pd.DataFrame(found).T.join(top)
+    return shown if sources.nunique() > 1 else shown.drop(columns="source")
 
 
 def pictures(table, rows, curve, path):
     """
-    Draws histograms of the latents, curves of the training, by its rows of metrics, and the causal
-    curve if any, into an SVG file; returns it as HTML.
+    Draws histograms of the latents, curves of the training, by its rows of metrics, and what
+    splicing finds, if any, into an SVG file; returns it as HTML.
     """
-    latents = table[["relative_norm", "cosine"]].assign(log10_frequency=np.log10(table.frequency))
-    names = ["loss", "explained_variance", "l0_loss"]
-    if curve:
-        names.append("dead_latents")  # there is room for it below the causal curve
+    latents = table[["relative_norm", "cosine", "change"]]
+    latents = latents.assign(log10_frequency=np.log10(table.frequency))
+    latents = latents.astype(float).round(6)  # no range too narrow for 50 bins
+    names = ["loss", "explained_variance", "l0_loss", "dead_latents"]
     training = pd.DataFrame(rows).dropna(subset=names)
     style = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8, "legend.frameon": False}
     with rc_context(style):
         figure = Figure(figsize=(11, 4.5), layout="constrained")
-        above, below = figure.subplots(2, len(names))
-        for axes in latents.hist(ax=above[:3], bins=50, grid=False):
+        above, below = figure.subplots(2, 4)
+        for axes in latents.hist(ax=above, bins=50, grid=False):
             axes.set(yscale="symlog", ylabel="latents")
         above[0].set(xlim=(0, 1), title="relative_norm (0: base, 1: fine-tuned)")
-        if curve:
-            pd.DataFrame(curve).plot(
-                ax=above[3], logx=True, marker="o", xlabel="latents", title="change recovered"
-            )
+        if "recovered" in curve:
+            axes = above[2]
+            axes.clear()
+            for name in ("chosen", "random", "directions"):
+                line = curve.filter(like=name, axis=0)
+                axes.plot(line.numbers, line.recovered, marker="o", label=name)
+            for name, line in {"constant": ":", "rank_1": "-.", "map": "--"}.items():
+                axes.axhline(curve.recovered[name], label=name, color="grey", linestyle=line)
+            axes.set(xscale="log", xlabel="numbers per token", title="change recovered")
+            axes.legend()
         training.plot(x="step", y=names, subplots=True, ax=below)
         figure.savefig(path, transparent=True, metadata=dict(Date=None))
     svg = path.read_text(encoding="utf-8").replace("#000000", "currentColor")
@@ -314,10 +445,10 @@ def pictures(table, rows, curve, path):
 
 def report(model, data, config, rows, splice=False, n_texts=16):
     """
-    Writes OUT/report.html and report.svg, OUT being config["out_dir"] of the run's config: what the
-    models share, what each has alone, what changed, and by its rows of metrics how it was trained.
-    With splice also what splicing n_texts texts finds, which is added to OUT/metrics.jsonl. Returns
-    the page, or, if there is nothing to report, says so and returns "".
+    Writes report.html, report.svg and latents.csv into config["out_dir"] of the run's config: how
+    large the change is, what the models share and what each has alone, and by the run's rows of
+    metrics how it was trained. With splice also what splicing n_texts texts finds, and a row of it
+    in metrics.jsonl. Returns the page or, if there is nothing to report, says so and returns "".
     """
     if data.n_models != 2 or not config["val_tokens"]:
         print("no report: it compares two models, on rows that are held out (val_tokens)")
@@ -325,45 +456,67 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     docs = getattr(data, "docs", None)
     if splice and not docs:
         fail("--splice=True takes a store that collect.py wrote")
+    out = Path(config["out_dir"])
 
-    # the latents; those that carry most come first, in the plain basis after the exclusive ones
+    # how large the change is, and a table of the latents
     row, frequency = train.validate(model, data, config["l1_coeff"])
+    held_out = torch.cat(list(data.validation())).float()  # [row, model, d_model]
+    a, b = held_out.unbind(1)
+    change = ((b - a).norm(dim=1).mean() / a.norm(dim=1).mean()).item()
+    row["relative_difference"] = change
     table = compare(model, frequency)
     exclusive = table.kind.str.endswith("only")
-    table = table.join(latent_scaling(model, data.validation(), table.index[exclusive]))
-    table["confirmed"] = table.eval("nu_r < 0.5 and nu_epsilon < 0.2").where(exclusive)
-    is_later = ~exclusive & (model.basis == "plain")
-    table = table.iloc[np.lexsort([-table.carries, is_later])]
-    said = verdict(model, table)
+    often = table[table.frequency >= min(20 / len(held_out), 0.01)]
+    leaning = often.relative_norm.sort_values().index
+    asked = exclusive | table.index.isin([*leaning[:50], *leaning[-50:]])
+    table = table.join(latent_scaling(model, held_out.split(1024), table.index[asked]))
+    table["confirmed"] = table.eval("nu_r < 0.5 and nu_epsilon < 0.2").where(asked)
 
-    # the causal curve
-    out = Path(config["out_dir"])
-    curve = {}
+    # what carries it
+    order = "carries"
+    models = []
+    maps = {}
+    curve = pd.DataFrame()
     if splice:
-        found, curve = causal_curve(model, data, table, n_texts)
+        models = load_models(data, frequency.device)
+        order = "nats_per_token"
+        table[order] = attribution(model, data, models, -(-n_texts // 2)).cpu().numpy()[table.index]
+    table = table.sort_values(order, ascending=False, kind="stable")
+    table.to_csv(out / "latents.csv", index_label="latent")
+    if splice:
+        maps, directions, r2 = fit_yardsticks(model, data, held_out)
+        sets = {f"chosen_{n}": table.index[:n] for n in (1, 5, 20, 100)}
+        sets["chosen_all"] = table.index
+        random = table.sample(frac=1, random_state=0).index
+        sets |= {f"random_{n}": random[:n] for n in (20, 100)}
+        curve = splice_in(model, data, models, n_texts, maps, directions, sets)
+        found = dict(map_r2=r2)
+        for m in "AB":
+            clean, spliced, zero = curve.ce[[f"clean_{m}", f"spliced_{m}", f"zero_{m}"]]
+            found[f"loss_recovered_{m}"] = (zero - spliced) / (zero - clean)
         row |= found
-        n = min(20, len(table))
-        said += f"; {n} latents carry {curve['chosen'][n]:.0%} of what this layer changed"
+        found |= {f"{column}_{name}": y for (column, name), y in curve.unstack().items()}
+        named = {"step": config["steps"]} | {f"val/{key}": y for key, y in found.items()}
         with open(out / "metrics.jsonl", "a") as file:
-            named = {"step": config["steps"]} | found.add_prefix("val/").to_dict()
             file.write(json.dumps(named) + "\n")
 
-    # the page
-    often = table[table.frequency >= min(20 / config["val_tokens"], 0.01)]
-    top = often.sort_values(["confirmed", "change"], ascending=False).groupby("kind").head(20)
+    # the page: the first 20, and the first 40 of those that are one model's alone
+    alone = table.kind.str.endswith("only") | (table.confirmed == True)  # noqa: E712
+    top = table[(np.arange(len(table)) < 20) | (alone & (alone.cumsum() <= 40))]
     if docs:
-        top.insert(0, "texts", list(examples(model, data, top.index)))
+        top = described(model, data, held_out, top, models, maps)
     top = top.dropna(axis=1, how="all").reset_index(names="latent")
+    said, kinds = verdict(model, table, change, curve)
     run = pd.Series(getattr(data, "meta", {}) | config | row).drop("resume")
     svg = pictures(table, rows, curve, out / "report.svg")
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.4g}".format):
         page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <title>What fine-tuning changed</title><meta name="viewport" content="width=device-width">
-<style>{STYLE}</style><h1>{said}</h1><div class="svg">{svg}</div>
+<style>{STYLE}</style><h1>{said}</h1><p>{kinds}</p><div class="svg">{svg}</div>
 {top.to_html(index=False, escape=False, border=0, na_rep="")}
-{run.to_frame("the run").to_html(border=0)}"""
+{curve.to_html(border=0)}{run.to_frame("the run").to_html(border=0)}"""
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))
-    print(f"{said}\nreport: {out / 'report.html'}")
+    print(f"{said}\n{kinds}\nreport: {out / 'report.html'}")
     if hasattr(data, "directions"):
         print(toy_score(data, model, table))
     return page

@@ -59,7 +59,7 @@ config = dict(
     wandb_project="crosscoder",  # name of the project there
     # data
     data="toy",  # toy, toy-hard, stream (harvests meanwhile; collect.py's keys), or a store's path
-    val_tokens=8192,  # rows held out at the end of the store, for validation; 0: none
+    val_tokens=8192,  # rows held out for validation: those of the last texts; 0: none
     batch_size=1024,  # tokens per step, over all processes
     # model and losses
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
@@ -245,7 +245,8 @@ class Store:
     A folder with a Hugging Face dataset for each model, row i of one being row i of the others:
     `activation` (floats, lists of one length) and, if collect.py wrote it, token, doc and pos, docs
     and meta.json. Batches are shuffled over all rows, anew each epoch, a function of (seed, step);
-    rows too few for another batch are left out of an epoch. The last val_tokens rows are held out.
+    rows too few for another batch are left out of an epoch. The last docs are held out, as many as
+    have val_tokens rows, so that no row of theirs is trained on; without docs the last rows.
     """
 
     n_models = 2
@@ -267,10 +268,16 @@ class Store:
             (self.d_model,) = indices[0]["length of activation"].unique().to_pylist()
             if (self.path / "meta.json").exists():
                 self.read_meta(indices[0])
-        self.n_rows = len(self.stored[0])
-        self.n_train = self.n_rows - config["val_tokens"]
-        if self.n_train < config["batch_size"]:
-            fail(f"{what}: only {self.n_rows} rows")
+        n_rows = len(self.stored[0])
+        later = np.arange(n_rows)[::-1]  # how many rows there are after a row, or after its doc
+        if self.docs:
+            n_of_doc = np.bincount(self.doc, minlength=len(self.docs))
+            later = (n_rows - n_of_doc.cumsum())[self.doc]
+        is_held_out = later < config["val_tokens"]
+        self.train_rows = np.flatnonzero(~is_held_out)
+        self.val_rows = np.flatnonzero(is_held_out)
+        if len(self.train_rows) < config["batch_size"]:
+            fail(f"{what}: of {n_rows} rows {len(self.train_rows)} are left to train on")
 
     def index(self, table):
         """The columns that must be alike in all models, {name: integers [n_rows]}."""
@@ -291,7 +298,7 @@ class Store:
     @functools.lru_cache(2)
     def shuffled(self, epoch):
         """The rows to train on, in the order of that epoch."""
-        return np.random.default_rng([self.config["seed"], epoch]).permutation(self.n_train)
+        return np.random.default_rng([self.config["seed"], epoch]).permutation(self.train_rows)
 
     def read(self, rows):
         """The activations [len(rows), model, d_model] of those rows, in the store's float type."""
@@ -308,13 +315,13 @@ class Store:
     def batch(self, step):
         size = self.config["batch_size"]
         rank, n_processes = world()
-        epoch, i = divmod(step, self.n_train // size)
+        epoch, i = divmod(step, len(self.train_rows) // size)
         rows = self.shuffled(epoch)[i * size : (i + 1) * size]
         return self.read(rows[rank::n_processes])
 
     def validation(self):
-        for start in range(self.n_train, self.n_rows, 1024):
-            yield self.read(np.arange(start, min(start + 1024, self.n_rows)))
+        for start in range(0, len(self.val_rows), 1024):
+            yield self.read(self.val_rows[start : start + 1024])
 
 
 def prefetched(data, first, end):
@@ -407,7 +414,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         y = self.scaled(x)
         varies = y.var(0).sum(-1) > 1e-9 * y.square().sum(-1).mean(0)  # False where it is nan, too
         if not varies.all():
-            fail("nothing to explain: A or B is alike in every row or too large, or B - A is 0")
+            fail("A or B is alike in every row or too large, or the models do not differ here")
         self.b_dec.copy_(reduce(y.mean(0)))  # so that few latents die
         self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
         if self.variant == "batchtopk":
