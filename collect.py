@@ -20,14 +20,20 @@ Any key of the config is set by --key=value. A store is a folder, OUT:
                     without a text; scale, sqrt(d_model) / mean norm of each model's rows;
                     tokenizer; versions of packages; shards and counts, to go on by
 
+In memory are both models, 4 bytes a weight (2 in bfloat16), and a shard, shuffle_rows tokens of 4
+bytes times d_model, twice; a token of the store takes 4 bytes times d_model on the disk.
+
 No row is padding, a special token, one of the first skip_positions of its doc, over float16's range
 or, in either model, of a norm over max_norm_ratio times the median. What is not finished is
 OUT.building, a store of the shards so far; the same command goes on with it.
 """
 
+import fcntl
 import itertools
 import json
+import os
 import sys
+import warnings
 from collections import Counter
 from difflib import get_close_matches
 from functools import partial
@@ -41,7 +47,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, load_dataset, load_from_disk
 from nnsight import NNsight
 from nnsight.intervention.interleaver import OutOfOrderError
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,7 +79,8 @@ config = dict(
     texts_per_batch=8,  # rows of a forward pass
     shuffle_rows=100_000,  # tokens per process that are shuffled together, and written at once
     dtype="float32",  # of the models: float32, bfloat16 or float16
-    device="auto",  # auto (cuda if there is one), cpu or cuda
+    device="auto",  # auto (cuda if there is one, or one for each model), cpu or cuda
+    device_map="",  # auto: accelerate splits models that are too large over GPUs, CPU and disk
     trust_remote_code=False,  # run code that comes with the models
     seed=0,  # of the order of the rows
 )
@@ -96,15 +103,32 @@ def with_base(config):
 def load(key, config, device):
     """
     The model config[key], in eval mode, and its tokenizer, or base's if it has none, as many an
-    adapter. `key` is base or finetuned. Ends the program if they cannot be loaded.
+    adapter. `key` is base or finetuned. Ends the program if they cannot be loaded, or not whole.
     """
     name = config[key]
     if not name:
         fail(f"--{key} is missing: expected a path or a hub name")
     options = dict(trust_remote_code=config["trust_remote_code"])
-    with explain(f"--{key}={name} cannot be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=config["dtype"], **options)
-        model = model.eval().to(device)
+    device_map = config["device_map"] or None
+    with explain(f"--{key}={name} cannot be loaded"), warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        is_adapter = key == "finetuned" and has_file(name, "adapter_config.json")
+        model, report = AutoModelForCausalLM.from_pretrained(
+            config["base"] if is_adapter else name,
+            dtype=config["dtype"],
+            device_map=device_map,
+            output_loading_info=True,
+            **options,
+        )
+        modules = dict(model.named_modules())
+        unused = [key for key in report["unexpected_keys"] if key.rpartition(".")[0] in modules]
+        for wrong in (*report["missing_keys"], *unused):
+            raise ValueError(f"its weights are not those of its config: {wrong}")
+        if is_adapter:
+            model = PeftModel.from_pretrained(model, name).merge_and_unload()
+        model = model.eval()
+        if not device_map:
+            model = model.to(device)
         if not any(has_file(name, file) for file in ("tokenizer_config.json", "tokenizer.json")):
             name = config["base"]
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -146,10 +170,11 @@ def activations(model, hook, input_ids, attention_mask):
     attention_mask [batch, position], padded on the right. Ends the program if there is none.
     """
     what = f"--hook={hook} has no output [batch, position, d_model]"
-    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask)
+    inputs = {name: ids.to(model.device) for name, ids in inputs.items()}
     # No such module; one that is never called, as a list of blocks; or a token without embedding.
     with explain(what, (AttributeError, OutOfOrderError, LookupError)):
-        with model.trace(**inputs) as tracer:
+        with model.trace(**inputs, use_cache=False) as tracer:
             x = hidden(model.get(hook).output).save()
             tracer.stop()  # the forward pass ends there
     if x.shape[:-1] != input_ids.shape:
@@ -167,11 +192,13 @@ def read_docs(config, tokenizer, dropped):
     a text in the Counter `dropped`. Ends the program at a source or row that cannot be read.
     """
     names = [config["text"]] if Path(config["text"]).exists() else config["text"].split(",")
+    if not all(names) or len(set(names)) < len(names):
+        fail(f"--text={config['text']}: expected one source or several, each once")
     given = config["text_share"]
     what = f"--text_share={given}: expected {len(names)} numbers over 0"
     with explain(what, ValueError):
         shares = [float(number) for number in given.split(",")] if given else [1] * len(names)
-    if len(shares) != len(names) or not all(number > 0 for number in shares):
+    if len(shares) != len(names) or not all(0 < number < np.inf for number in shares):
         fail(what)
     share = dict(zip(names, shares))
     sources = {name: read_source(name, config, tokenizer, dropped) for name in names}
@@ -249,8 +276,11 @@ class Harvest:
         """Ends the program if the models do not fit each other or no token of the texts is kept."""
         self.bar = tqdm(disable=True)  # of the rows that are kept; collect() shows one
         self.device = set_up(config["device"])
-        base, tokenizer_of_base = load("base", config, self.device)
-        finetuned, self.tokenizer = load("finetuned", config, self.device)
+        devices = [self.device] * 2
+        if torch.cuda.device_count() == 2 and world()[1] == 1 and self.device.type == "cuda":
+            devices = ["cuda:0", "cuda:1"]
+        base, tokenizer_of_base = load("base", config, devices[0])
+        finetuned, self.tokenizer = load("finetuned", config, devices[1])
         self.models = [(NNsight(m), find_hook(m, config)) for m in (base, finetuned)]
 
         positions = [getattr(m.config, "max_position_embeddings", 10**9) for m in (base, finetuned)]
@@ -258,6 +288,10 @@ class Harvest:
         if seq_len < config["seq_len"]:
             print(f"--seq_len={seq_len} is used: models have no more positions", file=sys.stderr)
         self.config = config | dict(seq_len=seq_len)
+        of_models = sum(p.nbytes for m in (base, finetuned) for p in m.parameters())
+        row = 4 * base.config.get_text_config().hidden_size  # float16 of both
+        sizes = np.array([of_models, 2 * row * config["shuffle_rows"], row * 10**6]) / 1e9
+        print("{:.2f} GB models, {:.2f} GB shard, {:.2f} GB store per million".format(*sizes))
 
         ids_of_base = tokenizer_of_base.get_vocab()
         ids = self.tokenizer.get_vocab()
@@ -304,8 +338,7 @@ class Harvest:
             doc = batch[:, None].expand_as(ids)
             pos = torch.arange(ids.shape[1]).expand_as(ids)
             keep = pos < length[doc]  # [batch, position]; what is not padding
-            inputs = ids.to(self.device), keep.long().to(self.device)
-            a, b = [activations(*pair, *inputs).float().cpu() for pair in self.models]
+            a, b = [activations(*pair, ids, keep.long()).float().cpu() for pair in self.models]
             if a.shape != b.shape:
                 fail("base and finetuned are of different size at the hook")
             x = torch.stack([a, b], dim=2)  # [batch, position, model, d_model]
@@ -441,6 +474,9 @@ def collect(config):
     packages = ("torch", "transformers", "nnsight", "datasets")
     meta["versions"] = {name: version(name) for name in packages}
     building.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        with explain(f"{building} is being written already", OSError):
+            fcntl.flock(os.open(building, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     docs = harvest.read(meta["docs"])
     left = config["n_tokens"] - meta["tokens"]

@@ -125,17 +125,17 @@ def load_models(data, device):
     up to it, which need not run if all of its output is put in; none if it is no block). Ends the
     program if one cannot be loaded.
     """
-    from nnsight import NNsight
+    import collect
 
-    from collect import load
-
-    meta = data.meta | dict(trust_remote_code=False)
+    meta = collect.config | data.meta | dict(trust_remote_code=False)
+    with explain(f"{data.path}/meta.json names no two hooks"):
+        hooks = [str(hook) for _, hook in zip(data.names, meta["hooks"], strict=True)]
     models = []
-    for key, hook in zip(data.names, meta["hooks"]):
-        model, _ = load(key, meta, device)
+    for key, hook in zip(data.names, hooks):
+        model, _ = collect.load(key, meta, device)
         blocks, _, i = hook.rpartition(".")
         earlier = [f"{blocks}.{j}" for j in range(int(i) + 1)] if i.isdigit() else []
-        models.append((NNsight(model.requires_grad_(False)), hook, earlier))
+        models.append((collect.NNsight(model.requires_grad_(False)), hook, earlier))
     return models
 
 
@@ -164,9 +164,16 @@ def read_texts(data, models, rows, n_texts=1):
 
     for doc in np.unique(data.doc[rows])[:n_texts].tolist():
         ids = torch.tensor([data.docs[doc]], device=models[0][0].device)
-        kept = ids.new_tensor(data.pos[data.doc == doc])
         x = [activations(model, hook, ids, torch.ones_like(ids))[0] for model, hook, _ in models]
-        yield ids, kept, torch.stack(x, dim=1)
+        of_doc = np.flatnonzero(data.doc == doc)
+        stored = data.read(of_doc).to(x[0])
+        kept = ids.new_tensor(data.pos[of_doc])
+        with explain(f"{data.path}: its models, at its hooks, do not give its rows"):
+            x = torch.stack(x, dim=1)
+            difference = (x[kept] - stored).norm() / stored.norm()
+            if difference > 0.1:
+                raise ValueError(f"they are off by {difference:.0%}")
+        yield ids, kept, x
 
 
 @torch.no_grad()

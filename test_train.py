@@ -6,6 +6,7 @@ pytest test_train.py -m benchmark  who finds a backdoor in a real model, which B
 
 import ast
 import copy
+import fcntl
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ import pandas as pd
 import peft
 import pyarrow as pa
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import wandb
@@ -499,7 +501,7 @@ def error_of(capsys, function, *args):
         function(*args)
     assert end.value.code == 2
     lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if line and "%|" not in line]  # no progress bars
+    lines = [line for line in lines if line and "%|" not in line and "it/s]" not in line]  # bars
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -2234,6 +2236,233 @@ def test_a_fine_tuned_model_that_is_the_base_is_spliced_into_without_a_warning(p
 
 
 # --- Faults ---------------------------------------------------------------------------------------
+
+
+def lora(folder, out, **options):
+    """A LoRA adapter of the base model there, saved; returns the merged model."""
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    options = dict(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False) | options
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**options))
+    for name, p in adapted.named_parameters():
+        if "magnitude" in name:
+            p.data *= 1.5
+    adapted.save_pretrained(out)
+    return adapted.merge_and_unload()
+
+
+def test_an_adapter_of_another_kind_is_merged_as_peft_does(pairs):
+    folder, _ = pairs["llama"]
+    lora(folder, "dora", use_dora=True).save_pretrained("merged")
+    copy_tokenizer(f"{folder}/base", "merged")
+    collect.collect(collect_config(folder, finetuned="merged", out_dir="expected"))
+    collect.collect(collect_config(folder, finetuned="dora", base=""))
+    found, expected, base = [
+        np.array(load_from_disk(path)["activation"], dtype=np.float32)
+        for path in ("acts/finetuned", "expected/finetuned", "expected/base")
+    ]
+    change = np.abs(expected - base).max()
+    assert np.abs(found - expected).max() < 0.02 * change
+
+
+def test_a_given_base_wins_over_the_one_that_an_adapter_names(pairs):
+    folder, _ = pairs["llama"]
+    lora(folder, "adapter")
+    path = Path("adapter/adapter_config.json")
+    named = json.loads(path.read_text()) | dict(base_model_name_or_path="moved/away")
+    path.write_text(json.dumps(named))
+    collect.collect(collect_config(folder, finetuned="adapter"))
+    assert read_meta("acts")["tokens"] == 1500
+
+
+def without(path, keep):
+    """The same weights less those whose name is not kept, or under the name that keep gives."""
+    weights = safetensors.torch.load_file(path)
+    weights = {keep(name): y for name, y in weights.items() if keep(name)}
+    safetensors.torch.save_file(weights, path, metadata=dict(format="pt"))
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda name: "layers.1.mlp.up" not in name and name,
+        lambda name: "x." + name,
+        lambda name: name.replace("layers.1.", "layers.7."),
+    ],
+)
+def test_a_model_that_lacks_weights_is_refused_by_the_name_of_one(pairs, capsys, keep):
+    folder, _ = pairs["llama"]
+    shutil.copytree(f"{folder}/finetuned", "lacks")
+    without("lacks/model.safetensors", keep)
+    said = error_of(capsys, collect.collect, collect_config(folder, finetuned="lacks"))
+    assert "--finetuned=lacks cannot be loaded" in said and "weight" in said
+    assert not Path("acts").exists()
+
+
+@pytest.mark.parametrize("keep", [lambda name: None, lambda name: "x" + name])
+def test_an_adapter_with_no_or_unknown_weights_is_refused(pairs, capsys, keep):
+    folder, _ = pairs["llama"]
+    lora(folder, "adapter")
+    without("adapter/adapter_model.safetensors", keep)
+    said = error_of(capsys, collect.collect, collect_config(folder, finetuned="adapter"))
+    assert "--finetuned=adapter cannot be loaded" in said and "missing adapter keys" in said
+
+
+def test_an_adapter_of_another_architecture_than_the_base_is_refused(pairs, capsys):
+    lora(pairs["llama"][0], "adapter")
+    config = collect_config(pairs["gpt2"][0], finetuned="adapter")
+    assert "--finetuned=adapter" in error_of(capsys, collect.collect, config)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(text="{0},a.jsonl,{0}"), "each once"),
+        (dict(text="{0},{0}", text_share="0.7,0.3"), "each once"),
+        (dict(text=""), "--text"),
+        (dict(text="{0},a.jsonl", text_share="inf,1"), "--text_share"),
+        (dict(text="{0},a.jsonl", text_share="nan,1"), "--text_share"),
+        (dict(text="bad.json"), "--text=bad.json"),
+        (dict(text="bad.csv"), "--text=bad.csv"),
+        (dict(text="bad.parquet"), "--text=bad.parquet"),
+    ],
+)
+def test_texts_that_cannot_be_meant_get_one_line(pairs, capsys, given, said):
+    folder, texts = pairs["llama"]
+    write_texts("a.jsonl", texts)
+    for name, content in {"json": b'{"text": "a', "csv": b'a,"b\n"c,d', "parquet": b"PAR1"}.items():
+        Path(f"bad.{name}").write_bytes(content)
+    given = given | dict(text=given["text"].format(f"{folder}/text.jsonl"))
+    assert said in error_of(capsys, collect.collect, collect_config(folder, **given))
+
+
+def test_a_device_map_gives_the_same_rows(pairs, stores):
+    folder, _ = pairs["llama"]
+    for i, device_map in enumerate(["cpu", "auto"]):
+        collect.collect(collect_config(folder, device_map=device_map, out_dir=f"acts{i}"))
+        assert_same_store(f"acts{i}", stores["llama"])
+
+
+def test_two_collections_into_one_folder_at_a_time_get_one_line(pairs, capsys):
+    config = collect_config(pairs["llama"][0])
+    Path("acts.building").mkdir()
+    held = os.open("acts.building", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert "acts.building is being written" in error_of(capsys, collect.collect, config)
+    os.close(held)
+    collect.collect(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", 10**12),
+        ("step", -1),
+        ("step", 1.5),
+        ("step", float("nan")),
+        ("texts_read", "1"),
+        ("rows", [dict(loss=torch.ones(2))]),
+        ("rows", None),
+        ("config", dict(k=None)),
+        ("W_dec", torch.nan),
+        ("mix", 0),
+        ("moments", "shape"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_meant_gets_one_line(capsys, key, value):
+    run("--steps=5", "--out_dir=out")
+    state = checkpoint("out")
+    if key in state["model"]:
+        state["model"][key] *= value
+    elif value == "shape":
+        state["moments"][0]["exp_avg"] = torch.zeros(3)
+    else:
+        state[key] = value
+    torch.save(state, "out/checkpoint.pt")
+    said = error_of(capsys, resume, "--steps=10")
+    assert "checkpoint" in said or "--k=None" in said
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_seen(capsys):
+    run("--steps=5", "--out_dir=out")
+    path = Path("out/checkpoint.pt")
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    seen = 0
+    for at in rng.integers(len(whole), size=20).tolist():
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        try:
+            resume("--steps=5")
+        except SystemExit as end:
+            assert end.code == 2
+            seen += 1
+    assert seen >= 15, "all but those in padding between weights"
+    path.write_bytes(whole)
+    resume("--steps=5")
+
+
+@pytest.mark.parametrize("damage", ["ids", "string", "null", "twice", "negative", "short"])
+def test_a_store_whose_docs_and_rows_do_not_fit_is_refused_before_training(pairs, capsys, damage):
+    collect.collect(collect_config(pairs["gpt2"][0]))
+    for name in NAMES:
+        table = load_from_disk(f"acts/{name}").data.table
+        columns = {key: table[key].to_pylist() for key in ("token", "doc", "pos")}
+        if damage == "string":
+            columns["pos"] = ["x"] * 1500
+        if damage == "null":
+            columns["pos"][7] = None
+        if damage == "negative":
+            columns["doc"][7] = -1
+        if damage == "twice":
+            for key in columns:
+                columns[key][7] = columns[key][8]
+        for key, values in columns.items():
+            i = table.column_names.index(key)
+            table = table.set_column(i, key, pa.array(values))
+        shutil.rmtree(f"acts/{name}")
+        Dataset(table).save_to_disk(f"acts/{name}")
+    docs = load_from_disk("acts/docs").to_dict()
+    if damage == "ids":
+        docs["input_ids"][3] = [-i for i in docs["input_ids"][3]]
+    if damage == "short":
+        docs["input_ids"] = [ids[:3] for ids in docs["input_ids"]]
+    shutil.rmtree("acts/docs")
+    Dataset.from_dict(docs).save_to_disk("acts/docs")
+    assert "--data=acts" in error_of(capsys, run, "--data=acts")
+
+
+@pytest.mark.parametrize(
+    "hooks", [None, [], "x", ["transformer.h.1"], ["lm_head"] * 2, ["transformer.h.0"] * 2, "none"]
+)
+def test_a_store_of_another_module_is_not_spliced_into(pairs, capsys, hooks):
+    collect.collect(collect_config(pairs["gpt2"][0], n_tokens=600))
+    change_meta(hooks=hooks)
+    if hooks == "none":
+        path = Path("acts/meta.json")
+        path.write_text(json.dumps({"tokenizer": "x"}))
+    reported("--data=acts", "--steps=5", "--out_dir=out")
+    assert "acts" in error_of(capsys, report.main, ["--run=out", "--splice=True"])
+
+
+def test_of_several_processes_the_first_alone_says_what_is_wrong(capsys, monkeypatch):
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            settings("--kk=3")
+        assert end.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+@pytest.mark.parametrize("argument", ["--lr=1e-8", "--grad_clip=1e-30"])
+def test_a_run_that_does_not_move_is_reported(argument):
+    reported("--steps=5", "--out_dir=out", argument)
+    assert Path("out/report.html").exists()
+
+
+def test_a_batch_of_one_and_more_held_out_rows_than_a_toy_has_get_one_line(capsys):
+    assert "--batch_size=1" in error_of(capsys, run, "--batch_size=1")
+    assert "--val_tokens" in error_of(capsys, run, "--val_tokens=99999999999")
 
 
 def test_the_scripts_run_from_another_folder_each_by_itself(pairs):

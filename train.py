@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -83,16 +84,19 @@ config = dict(
 )
 # What a value must be in; a number without an entry is from 0, or from its default if that is less.
 at_least_1 = pd.Interval(1, 1e15, closed="left")
-allowed = dict.fromkeys(["steps", "batch_size", "d_hidden", "k", "k_aux", "log_every"], at_least_1)
+allowed = dict.fromkeys(["steps", "d_hidden", "k", "k_aux", "log_every"], at_least_1)
+allowed["batch_size"] = pd.Interval(2, 1e9, closed="left")
+allowed["val_tokens"] = pd.Interval(0, 1e7, closed="left")
 allowed["variant"] = ["vanilla", "topk", "batchtopk"]
 allowed["basis"] = ["plain", "delta"]
 allowed["dedicated"] = pd.Interval(0, 0.5, closed="both")
 allowed["beta1"] = allowed["beta2"] = pd.Interval(0, 1, closed="left")
 
 
-def fail(message):
-    """Ends the program for a mistake of its user: one line, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+def fail(message, is_of_all=True):
+    """Ends the program for a mistake of its user: exit code 2 and, of one process, a line."""
+    if os.environ.get("RANK", "0") == "0" or not is_of_all:
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -289,11 +293,17 @@ class Store:
     def read_meta(self, index):
         """What collect.py says of the models, the texts, and which token a row is."""
         self.meta = json.loads((self.path / "meta.json").read_text())
-        self.docs = load_from_disk(self.path / "docs")["input_ids"]
+        docs = load_from_disk(self.path / "docs")
+        self.docs = docs["input_ids"]
         self.doc = index["doc"].to_numpy()
         self.pos = index["pos"].to_numpy()
-        if self.doc.max() >= len(self.docs):
-            raise ValueError(f"docs has {len(self.docs)} rows")
+        ids = docs.data.column("input_ids").combine_chunks()
+        n = ids.value_lengths().to_numpy()
+        place = (n.cumsum() - n)[self.doc] + self.pos  # among the tokens of all docs
+        ids = ids.flatten().cast("int64").to_numpy()
+        np.testing.assert_array_equal(ids[place], index["token"], "tokens, of docs")
+        if len(np.unique(place)) < len(place):
+            raise ValueError("a token of docs has two rows")
 
     @functools.lru_cache(2)
     def shuffled(self, epoch):
@@ -309,7 +319,7 @@ class Store:
         x = np.stack(parts, axis=1)
         bad = rows[~np.isfinite(x).all((1, 2))]
         if len(bad):
-            fail(f"{self.path}: row {bad[0]} holds nan or inf: collect again without it")
+            fail(f"{self.path}: row {bad[0]} holds nan or inf", is_of_all=False)
         return torch.from_numpy(x)
 
     def batch(self, step):
@@ -756,12 +766,18 @@ def open_data(config, texts_read=0):
 
 def read_checkpoint(out):
     """The state of the run in the folder `out`, as `train` saves it. Runs no code that is in it."""
+    path = Path(out) / "checkpoint.pt"
     with explain(f"--out_dir={out}: its checkpoint.pt is no checkpoint, or not whole"):
-        state = torch.load(Path(out) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        state["config"] = dict(state["config"])
-        state["rows"] = [dict(row) for row in state["rows"]]
-        state["step"] = int(state["step"])
-        state["texts_read"] = int(state["texts_read"])
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name in ("step", "texts_read"):
+            if type(state[name]) is not int or not 0 <= state[name] < 10**12:
+                raise ValueError(f"{name} is {state[name]}")
+        for name, y in state["model"].items():
+            if not y.isfinite().all():
+                raise ValueError(f"{name} holds nan or inf")
+        json.dumps([dict(state["config"]), [dict(row) for row in state["rows"]]])
     return state
 
 
@@ -826,6 +842,10 @@ def train(config, state=None):
             model.load_state_dict(state["model"])
             moments = dict(state=state["moments"])  # rates are the config's
             optimizer.load_state_dict(optimizer.state_dict() | moments)
+            model.mix.inverse()
+            for p, of_p in optimizer.state.items():  # fused, it does not look
+                if any(y.shape not in (p.shape, ()) for y in of_p.values()):
+                    raise ValueError("a moment has another shape than its parameter")
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
         for _ in range(state["step"]):  # a scheduler of any kind gets there so
             scheduler.step()
