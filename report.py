@@ -7,8 +7,9 @@ Reports on a run of train.py: what did fine-tuning change? train.py calls `repor
 Any key of the config is set by --key=value. It writes RUN/report.html, a page that fetches nothing:
 how large the change is, how many latents both models share and each has alone, and of those that
 carry most of it the texts that they fire on; RUN/latents.csv, all that are alive; RUN/report.svg,
-the picture; and, of splicing, a row of RUN/metrics.jsonl. All figures are of rows held out; those
-of a store that knows its texts, of texts of which no row was trained on.
+the picture; and, of splicing, a row of RUN/metrics.jsonl, val/COLUMN_NAME of `splice_in`. All
+figures are of rows held out: of a store that knows its texts, of texts no row of which was trained
+on.
 Latent scaling: Minder, Dumas et al. 2025, arXiv 2504.02922. Attribution patching: Nanda 2023; Syed
 et al. 2023, arXiv 2310.10348. Reduced-rank regression: Izenman 1975.
 """
@@ -166,10 +167,10 @@ def read_texts(data, models, rows, n_texts=1):
         ids = torch.tensor([data.docs[doc]], device=models[0][0].device)
         x = [activations(model, hook, ids, torch.ones_like(ids))[0] for model, hook, _ in models]
         of_doc = np.flatnonzero(data.doc == doc)
-        stored = data.read(of_doc).to(x[0])
+        stored = data.read(of_doc).float().to(ids.device)
         kept = ids.new_tensor(data.pos[of_doc])
         with explain(f"{data.path}: its models, at its hooks, do not give its rows"):
-            x = torch.stack(x, dim=1)
+            x = torch.stack(x, dim=1).float()
             difference = (x[kept] - stored).norm() / stored.norm()
             if difference > 0.1:
                 raise ValueError(f"they are off by {difference:.0%}")
@@ -212,25 +213,26 @@ def fit_yardsticks(crosscoder, data, held_out):
     that part of `map` that writes one direction; `constant`, b_dec's difference. The singular
     vectors of B - A, a column each, largest first [d_model, d_model]. And R^2 of `map`, held out.
     """
-    a, b = data.read(np.sort(data.shuffled(0)[:50_000])).float().unbind(1)
+    rows = np.sort(data.shuffled(0)[:50_000])
+    a, b = data.read(rows).to(crosscoder.scale).unbind(1)
     change = b - a
     centered = a - a.mean(0)
     gram = centered.T @ centered
-    ridge = 0.01 * gram.diag().mean() * torch.eye(len(gram))
+    ridge = 0.01 * gram.diag().mean() * torch.eye(len(gram), device=gram.device)
     W = torch.linalg.solve(gram + ridge, centered.T @ change)
     written = torch.linalg.eigh(W.T @ gram @ W).eigenvectors[:, -1]
     maps = {}
     for name, weights in dict(map=W, rank_1=W @ written.outer(written)).items():
         maps[name] = weights, change.mean(0) - a.mean(0) @ weights
-    maps["constant"] = 0 * W, in_b_more(crosscoder)[1].cpu()
+    maps["constant"] = 0 * W, in_b_more(crosscoder)[1]
     directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)
-    a, b = held_out.unbind(1)
+    a, b = held_out.to(a).unbind(1)
     error = b - a - a @ W
     r2 = 1 - error.var(0).sum() / (b - a).var(0).sum()
     return maps, directions, r2.item()
 
 
-def said(a, f, more, maps, sets):
+def additions(a, f, more, maps, sets):
     """
     Yields what each of the maps and of the `sets` {name: latents} says that B has more than A, at
     rows with a [n_rows, d_model] in A and f [n_rows, latent], `more` [latent, d_model] being d_B -
@@ -259,7 +261,7 @@ def patches(crosscoder, x, maps, directions, sets):
         V = directions[:, :n]
         yield f"directions_{n}", 0, n * len(a), a + (b - a) @ V @ V.T
     more, constant = in_b_more(crosscoder)
-    for name, numbers, added in said(a, crosscoder.encode(x), more, maps, sets):
+    for name, numbers, added in additions(a, crosscoder.encode(x), more, maps, sets):
         yield name, 0, numbers, a + added + constant * (name in sets)
 
 
@@ -405,7 +407,7 @@ def described(model, data, held_out, top, models, maps):
     more = in_b_more(model)[0][top.index]
     one_each = {j: [i] for i, j in enumerate(top.index)}
     found = {}
-    for name, _, added in said(held_out[:, 0].to(f), f, more, maps, one_each):
+    for name, _, added in additions(held_out[:, 0].to(f), f, more, maps, one_each):
         rows["size"] = added.norm(dim=1).cpu().numpy()
         i = rows["size"].argmax()
         if rows["size"].iloc[i] > 0:  # it is 0 of maps, of the same model twice

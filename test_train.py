@@ -1861,6 +1861,16 @@ def test_the_tokens_that_a_latent_makes_likelier_are_those_that_adding_it_does(l
     assert said == ", ".join(expected) and rise[0] > 0.001
 
 
+def test_models_in_bfloat16_are_spliced_into(loud):
+    shutil.rmtree("acts")
+    collect.collect(collect_config(loud, dtype="bfloat16", device_map="cpu"))
+    reported("--data=acts", "--out_dir=out", "--steps=30", "--val_tokens=300")
+    report.main(["--run=out", "--splice=True", "--n_texts=2"])
+    row = metrics("out")[-1]
+    assert row["val/kl_clean_A"] > row["val/kl_all_of_B"] > 0
+    assert row["val/kl_clean_B"] == pytest.approx(0, abs=1e-4)
+
+
 @pytest.mark.parametrize("noise", [0, 0.001])
 def test_of_the_same_model_twice_and_of_noise_no_share_is_printed_and_nothing_confirmed(
     pairs, noise, capsys
