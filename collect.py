@@ -109,30 +109,26 @@ def load(key, config, device):
     if not name:
         fail(f"--{key} is missing: expected a path or a hub name")
     options = dict(trust_remote_code=config["trust_remote_code"])
-    device_map = config["device_map"] or None
+    of_model = options | dict(dtype=config["dtype"], output_loading_info=True)
+    if config["device_map"]:
+        of_model["device_map"] = config["device_map"]
     with explain(f"--{key}={name} cannot be loaded"), warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         is_adapter = key == "finetuned" and has_file(name, "adapter_config.json")
-        model, report = AutoModelForCausalLM.from_pretrained(
-            config["base"] if is_adapter else name,
-            dtype=config["dtype"],
-            device_map=device_map,
-            output_loading_info=True,
-            **options,
-        )
+        whole = config["base"] if is_adapter else name
+        model, found = AutoModelForCausalLM.from_pretrained(whole, **of_model)
         modules = dict(model.named_modules())
-        unused = [key for key in report["unexpected_keys"] if key.rpartition(".")[0] in modules]
-        for wrong in (*report["missing_keys"], *unused):
+        unused = [key for key in found["unexpected_keys"] if key.rpartition(".")[0] in modules]
+        for wrong in (*found["missing_keys"], *unused):
             raise ValueError(f"its weights are not those of its config: {wrong}")
         if is_adapter:
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
-        model = model.eval()
-        if not device_map:
+        if not config["device_map"]:
             model = model.to(device)
         if not any(has_file(name, file) for file in ("tokenizer_config.json", "tokenizer.json")):
             name = config["base"]
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    return model, tokenizer
+    return model.eval(), tokenizer
 
 
 def find_hook(model, config):
@@ -276,11 +272,11 @@ class Harvest:
         """Ends the program if the models do not fit each other or no token of the texts is kept."""
         self.bar = tqdm(disable=True)  # of the rows that are kept; collect() shows one
         self.device = set_up(config["device"])
-        devices = [self.device] * 2
-        if torch.cuda.device_count() == 2 and world()[1] == 1 and self.device.type == "cuda":
-            devices = ["cuda:0", "cuda:1"]
-        base, tokenizer_of_base = load("base", config, devices[0])
-        finetuned, self.tokenizer = load("finetuned", config, devices[1])
+        other = self.device
+        if other.type == "cuda" and torch.cuda.device_count() == 2 and world()[1] == 1:
+            other = "cuda:1"
+        base, tokenizer_of_base = load("base", config, self.device)
+        finetuned, self.tokenizer = load("finetuned", config, other)
         self.models = [(NNsight(m), find_hook(m, config)) for m in (base, finetuned)]
 
         positions = [getattr(m.config, "max_position_embeddings", 10**9) for m in (base, finetuned)]

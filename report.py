@@ -221,10 +221,9 @@ def fit_yardsticks(crosscoder, data, held_out):
     ridge = 0.01 * gram.diag().mean() * torch.eye(len(gram), device=gram.device)
     W = torch.linalg.solve(gram + ridge, centered.T @ change)
     written = torch.linalg.eigh(W.T @ gram @ W).eigenvectors[:, -1]
-    maps = {}
-    for name, weights in dict(map=W, rank_1=W @ written.outer(written)).items():
+    maps = dict(constant=(0 * W, in_b_more(crosscoder)[1]))
+    for name, weights in dict(rank_1=W @ written.outer(written), map=W).items():
         maps[name] = weights, change.mean(0) - a.mean(0) @ weights
-    maps["constant"] = 0 * W, in_b_more(crosscoder)[1]
     directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)
     a, b = held_out.to(a).unbind(1)
     error = b - a - a @ W
@@ -297,12 +296,12 @@ def splice_in(crosscoder, data, models, n_texts, maps, directions, sets):
 
 # --- Page -----------------------------------------------------------------------------------------
 
-STYLE = """:root { color-scheme: light dark } .texts { text-align: left; white-space: pre-wrap }
+STYLE = """:root { color-scheme: light dark } h1 { font-size: 1.4em }
 body { font: 15px/1.5 system-ui; max-width: 76em; margin: 2em auto; padding: 0 1em }
 table, .svg { display: block; overflow-x: auto; font-size: 13px; fill: currentColor }
-table { border-spacing: 0 } h1 { font-size: 1.4em }
+table { border-spacing: 0 } .texts { text-align: left; white-space: pre-wrap; min-width: 36em }
 td, th { padding: .2em .6em; text-align: right; vertical-align: top }
-td, th { border-top: 1px solid #8884 }"""
+td, th { border-top: 1px solid #8884; white-space: nowrap }"""
 
 
 def verdict(model, table, change, curve):
@@ -390,7 +389,8 @@ def likelier(data, base, row, added, decode):
     changed[pos] += added
     before, after = [log_probabilities(*base, ids, y)[pos].exp() for y in (a, changed)]
     rise, token = (after - before).topk(5)
-    return html.escape(", ".join(f"{decode([i])!r} {y:+.3f}" for i, y in zip(token.tolist(), rise)))
+    lines = [html.escape(f"{decode([i])!r} {y:+.3f}") for i, y in zip(token.tolist(), rise)]
+    return "<br>".join(lines)
 
 
 @torch.no_grad()
@@ -445,7 +445,7 @@ def pictures(table, rows, curve, path):
             for name, line in {"constant": ":", "rank_1": "-.", "map": "--"}.items():
                 axes.axhline(curve.recovered[name], label=name, color="grey", linestyle=line)
             axes.set(xscale="log", xlabel="numbers per token", title="change recovered")
-            axes.legend()
+            axes.legend(loc="lower right")
         training.plot(x="step", y=names, subplots=True, ax=below)
         figure.savefig(path, transparent=True, metadata=dict(Date=None))
     svg = path.read_text(encoding="utf-8").replace("#000000", "currentColor")
