@@ -31,7 +31,6 @@ OUT.building, a store of the shards so far; the same command goes on with it.
 import fcntl
 import itertools
 import json
-import os
 import sys
 import warnings
 from collections import Counter
@@ -86,8 +85,8 @@ config = dict(
 )
 # What a value may be: one of a list, or a number (from, to below).
 allowed = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
-for key in ("n_tokens", "seq_len", "texts_per_batch", "shuffle_rows"):
-    allowed[key] = train.at_least_1
+counts = ["n_tokens", "seq_len", "texts_per_batch", "shuffle_rows"]
+allowed |= dict.fromkeys(counts, train.at_least_1)
 
 # --- Models ---------------------------------------------------------------------------------------
 
@@ -470,9 +469,10 @@ def collect(config):
     packages = ("torch", "transformers", "nnsight", "datasets")
     meta["versions"] = {name: version(name) for name in packages}
     building.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        with explain(f"{building} is being written already", OSError):
-            fcntl.flock(os.open(building, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = open(building / "lock", "w")
+    with explain(f"{building} is being written already", BlockingIOError):
+        if rank == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     docs = harvest.read(meta["docs"])
     left = config["n_tokens"] - meta["tokens"]
@@ -482,6 +482,7 @@ def collect(config):
         left = config["n_tokens"] - meta["tokens"]
     harvest.bar.close()
     if rank == 0:
+        Path(lock.name).unlink()
         building.replace(out)
         print(f"{out}: {meta['tokens']} of {meta['n_tokens']} tokens, of {meta['hooks'][0]}")
         print(f"dropped: {meta['dropped']}\nscale: {meta['scale']}")
