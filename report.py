@@ -120,40 +120,50 @@ def toy_score(data, model, table):
 # --- Splicing -------------------------------------------------------------------------------------
 
 
+class Hooked:
+    """
+    A language model and the place `hook` in it, of a module's path. `earlier` are the blocks up to
+    it, if it is one: they need not run where all of its output is put in.
+    """
+
+    def __init__(self, model, hook):
+        from nnsight import NNsight
+
+        self.model = NNsight(model.requires_grad_(False))
+        self.hook = hook
+        self.earlier = []
+        blocks, _, i = hook.rpartition(".")
+        if i.isdigit():
+            self.earlier = [f"{blocks}.{j}" for j in range(int(i) + 1)]
+
+    def read(self, ids):
+        """Its activations [position, d_model] of a text, ids [1, position]."""
+        from collect import activations
+
+        return activations(self.model, self.hook, ids, torch.ones_like(ids))[0].float()
+
+    def log_p(self, ids, x=None):
+        """Its next-token log-probabilities [position, vocabulary], with x put in as those."""
+        from collect import hidden
+
+        with self.model.trace(input_ids=ids, use_cache=False):
+            if x is not None:
+                for path in self.earlier:
+                    block = self.model.get(path)
+                    block.skip(block.input)
+                hidden(self.model.get(self.hook).output)[0] = x
+            logits = self.model.output.logits.save()
+        return logits[0].float().log_softmax(-1)
+
+
 def load_models(data, device):
-    """
-    Of both models of the Store `data` each: (NNsight model, path of its hook, paths of the blocks
-    up to it, which need not run if all of its output is put in; none if it is no block). Ends the
-    program if one cannot be loaded.
-    """
+    """[A, B], Hooked, of the Store `data`. Ends the program if one cannot be loaded."""
     import collect
 
     meta = collect.config | data.meta | dict(trust_remote_code=False)
-    with explain(f"{data.path}/meta.json names no two hooks"):
-        hooks = [str(hook) for _, hook in zip(data.names, meta["hooks"], strict=True)]
-    models = []
-    for key, hook in zip(data.names, hooks):
-        model, _ = collect.load(key, meta, device)
-        blocks, _, i = hook.rpartition(".")
-        earlier = [f"{blocks}.{j}" for j in range(int(i) + 1)] if i.isdigit() else []
-        models.append((collect.NNsight(model.requires_grad_(False)), hook, earlier))
-    return models
-
-
-def log_probabilities(model, hook, earlier, ids, x):
-    """
-    Next-token log-probabilities [position, vocabulary] that one of load_models gives to a text, ids
-    [1, position], with x [position, d_model] as the output of its hook.
-    """
-    from collect import hidden
-
-    with model.trace(input_ids=ids, use_cache=False):
-        for path in earlier:
-            block = model.get(path)
-            block.skip(block.input)
-        hidden(model.get(hook).output)[0] = x
-        logits = model.output.logits.save()
-    return logits[0].float().log_softmax(-1)
+    with explain(f"{data.path}/meta.json does not name two models and hooks"):
+        hooks = dict(zip(data.names, meta["hooks"], strict=True))
+    return [Hooked(collect.load(key, meta, device)[0], str(hooks[key])) for key in data.names]
 
 
 def read_texts(data, models, rows, n_texts=1):
@@ -161,17 +171,14 @@ def read_texts(data, models, rows, n_texts=1):
     Yields of the first n_texts docs of those rows: ids [1, position]; `kept`, the positions [n] of
     which the store has rows; and activations x [position, model, d_model].
     """
-    from collect import activations
-
     for doc in np.unique(data.doc[rows])[:n_texts].tolist():
-        ids = torch.tensor([data.docs[doc]], device=models[0][0].device)
-        x = [activations(model, hook, ids, torch.ones_like(ids))[0] for model, hook, _ in models]
         of_doc = np.flatnonzero(data.doc == doc)
-        stored = data.read(of_doc).float().to(ids.device)
+        stored = data.read(of_doc).float()
+        ids = torch.tensor([data.docs[doc]], device=models[0].model.device)
         kept = ids.new_tensor(data.pos[of_doc])
         with explain(f"{data.path}: its models, at its hooks, do not give its rows"):
-            x = torch.stack(x, dim=1).float()
-            difference = (x[kept] - stored).norm() / stored.norm()
+            x = torch.stack([model.read(ids) for model in models], dim=1)
+            difference = (x[kept].cpu() - stored).norm() / stored.norm()
             if difference > 0.1:
                 raise ValueError(f"they are off by {difference:.0%}")
         yield ids, kept, x
@@ -196,13 +203,13 @@ def attribution(crosscoder, data, models, n_texts):
     for ids, kept, x in read_texts(data, models, data.train_rows, n_texts):
         with torch.no_grad():
             f = crosscoder.encode(x[kept])
-            target = log_probabilities(*models[1], ids, x[:, 1])
+            target = models[1].log_p(ids, x[:, 1])
         a = x[:, 0].requires_grad_()
-        log_p = log_probabilities(*models[0], ids, a)
+        log_p = models[0].log_p(ids, a)
         F.kl_div(log_p, target, log_target=True, reduction="sum").backward()
         total -= (f * (a.grad[kept] @ more.T)).sum(0)
         n_tokens += len(target)
-    return total / n_tokens
+    return (total / n_tokens).cpu().numpy()
 
 
 @torch.no_grad()
@@ -275,19 +282,18 @@ def splice_in(crosscoder, data, models, n_texts, maps, directions, sets):
     found = []
     sizes = []
     for ids, kept, x in read_texts(data, models, data.val_rows, n_texts):
-        model, hook, _ = models[1]
-        target = log_probabilities(model, hook, [], ids, x[:, 1])
+        target = models[1].log_p(ids)
         p = target.exp()
         entropy = -torch.tensordot(p, target)
         sizes.append((len(kept), len(p) - 1, len(p)))
         for name, m, numbers, values in patches(crosscoder, x[kept], maps, directions, sets):
-            log_p = log_probabilities(*models[m], ids, x[:, m].index_copy(0, kept, values))
+            log_p = models[m].log_p(ids, x[:, m].index_copy(0, kept, values))
             ce = F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").item()
             kl = (-torch.tensordot(p, log_p) - entropy).item()
             found.append(dict(name=name, numbers=numbers, ce=ce, kl=kl))
     curve = pd.DataFrame(found).groupby("name", sort=False).sum() / np.sum(sizes, axis=0)
     if curve.kl.clean_B > 1e-3:
-        fail("--splice=True: blocks after the hook read more than its output in these models")
+        fail("--splice=True: in these models, later blocks read more than the hook's output")
     of_layer = curve.kl.clean_A - curve.kl.all_of_B
     if of_layer >= 0.01:
         curve["recovered"] = (curve.kl.clean_A - curve.kl) / of_layer
@@ -379,15 +385,13 @@ def likelier(data, base, row, added, decode):
     The five next tokens whose probability rises most when `added` [d_model] is added to the base
     model's activation at that row, and by how much.
     """
-    from collect import activations
-
-    model, hook, _ = base
     pos = data.pos[row]
-    ids = torch.tensor([data.docs[int(data.doc[row])][: pos + 1]], device=added.device)
-    a = activations(model, hook, ids, torch.ones_like(ids))[0]
+    ids = data.docs[int(data.doc[row])][: pos + 1]
+    ids = torch.tensor([ids], device=added.device)
+    a = base.read(ids)
     changed = a.clone()
     changed[pos] += added
-    before, after = [log_probabilities(*base, ids, y)[pos].exp() for y in (a, changed)]
+    before, after = [base.log_p(ids, y)[pos].exp() for y in (a, changed)]
     rise, token = (after - before).topk(5)
     lines = [html.escape(f"{decode([i])!r} {y:+.3f}") for i, y in zip(token.tolist(), rise)]
     return "<br>".join(lines)
@@ -471,8 +475,8 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     row, frequency = train.validate(model, data, config["l1_coeff"])
     held_out = torch.cat(list(data.validation())).float()  # [row, model, d_model]
     a, b = held_out.unbind(1)
-    change = ((b - a).norm(dim=1).mean() / a.norm(dim=1).mean()).item()
-    row["relative_difference"] = change
+    change = (b - a).norm(dim=1).mean() / a.norm(dim=1).mean()
+    row["relative_difference"] = change.item()
     table = compare(model, frequency)
     exclusive = table.kind.str.endswith("only")
     often = table[table.frequency >= min(20 / len(held_out), 0.01)]
@@ -489,7 +493,7 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     if splice:
         models = load_models(data, frequency.device)
         order = "nats_per_token"
-        table[order] = attribution(model, data, models, -(-n_texts // 2)).cpu().numpy()[table.index]
+        table[order] = attribution(model, data, models, -(-n_texts // 2))[table.index]
     table = table.sort_values(order, ascending=False, kind="stable")
     table.to_csv(out / "latents.csv", index_label="latent")
     if splice:

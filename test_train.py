@@ -1763,13 +1763,13 @@ def test_attribution_is_the_slope_of_divergence_along_each_latent(loud):
         for ids, kept, x in report.read_texts(store, models, store.train_rows, 3):
             a, b = x[kept].unbind(1)
             with torch.no_grad():
-                target = report.log_probabilities(*models[1], ids, x[:, 1])
+                target = models[1].log_p(ids, x[:, 1])
             along = (b - a) * torch.eye(16)[j]
             kl = []
             for step in (-0.02, 0.02):
                 y = x[:, 0].index_copy(0, kept, a + step * along)
                 with torch.no_grad():
-                    log_p = report.log_probabilities(*models[0], ids, y)
+                    log_p = models[0].log_p(ids, y)
                 kl.append((target.double().exp() * (target.double() - log_p)).sum().item())
             slope += (kl[0] - kl[1]) / 0.04
             n_tokens += len(target)
@@ -1817,7 +1817,7 @@ def test_the_list_the_verdict_and_the_curve_are_of_the_same_latents_in_one_order
     store = train.Store(store_config(val_tokens=300))
     assert (table.nats_per_token.diff().dropna() <= 0).all()
     found = report.attribution(model, store, report.load_models(store, "cpu"), 8)[table.index]
-    np.testing.assert_allclose(table.nats_per_token, found.detach(), rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(table.nats_per_token, found, rtol=1e-4, atol=1e-9)
     x = torch.cat(list(store.validation()))
     alive = (model.encode(x) > 0).any(0).nonzero().flatten().tolist()
     assert sorted(table.index) == alive, "every one that is alive"
@@ -1859,6 +1859,26 @@ def test_the_tokens_that_a_latent_makes_likelier_are_those_that_adding_it_does(l
     rise, token = (after - before).topk(5)
     expected = [f"&#x27;w{i}&#x27; {y:+.3f}" for i, y in zip(token.tolist(), rise.tolist())]
     assert said == "<br>".join(expected) and rise[0] > 0.001
+
+
+def test_a_model_whose_later_blocks_read_what_earlier_ones_left_is_not_spliced_wrongly(
+    loud, monkeypatch, capsys
+):
+    """As where layers share keys and values: then leaving earlier blocks out changes it."""
+    reported("--data=acts", "--out_dir=out", "--steps=5", "--val_tokens=300")
+    real = collect.load
+
+    def load(*args):
+        model, tokenizer = real(*args)
+        h = model.transformer.h
+        left = []
+        h[0].register_forward_hook(lambda module, args, y: left.append(y))
+        h[2].register_forward_hook(lambda module, args, y: y + left.pop() if left else 0 * y)
+        return model, tokenizer
+
+    monkeypatch.setattr(collect, "load", load)
+    said = error_of(capsys, report.main, ["--run=out", "--splice=True", "--n_texts=1"])
+    assert "later blocks read more" in said
 
 
 def test_models_in_bfloat16_are_spliced_into(loud):
@@ -1906,18 +1926,18 @@ def test_a_module_that_returns_a_tuple_is_spliced_into_and_n_texts_is_how_many(l
     collect.collect(collect_config(loud, hook="transformer.h.1.attn"))
     store = train.Store(store_config(data="acts"))
     models = report.load_models(store, "cpu")
-    assert models[0][2] == [], "what goes around it must run"
+    assert models[0].earlier == [], "what goes around it must run"
     curves = {}
     for n_texts in (1, 3):
         texts = []
-        real = report.log_probabilities
+        real = report.Hooked.log_p
         with monkeypatch.context() as patch:
 
-            def seen(model, hook, earlier, ids, x, texts=texts, real=real):
+            def seen(model, ids, x=None, texts=texts, real=real):
                 texts.append(tuple(ids[0].tolist()))
-                return real(model, hook, earlier, ids, x)
+                return real(model, ids, x)
 
-            patch.setattr(report, "log_probabilities", seen)
+            patch.setattr(report.Hooked, "log_p", seen)
             curves[n_texts] = report.splice_in(
                 Says(), store, models, n_texts, {}, torch.eye(16), {}
             )
