@@ -424,9 +424,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         y = self.scaled(x)
         varies = y.var(0).sum(-1) > 1e-9 * y.square().sum(-1).mean(0)  # False where it is nan, too
         if not varies.all():
-            fail(
-                "nothing to explain: alike in every row, too large, or the models do not differ here"
-            )
+            fail("nothing to explain: rows alike, too large, or the models do not differ here")
         self.b_dec.copy_(reduce(y.mean(0)))  # so that few latents die
         self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
         if self.variant == "batchtopk":
