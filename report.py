@@ -96,23 +96,26 @@ def latent_scaling(model, batches, latents):
 def toy_score(data, model, table):
     """
     Of a toy, by kind, the planted features, those recovered by a latent of their kind with cosine >
-    0.9 in each model that has them; and the latents of that kind, those that recover none (false),
-    and the confirmed: a DataFrame of numbers.
+    0.9 in each model that has them, and those by a confirmed latent; and the latents of that kind,
+    and those that recover none (false): a DataFrame of numbers.
     """
     d = model.in_models(model.W_dec).cpu()[table.index]
     is_false = True
     recovered = Counter()
+    confirmed = Counter()
     for kind, planted in zip(data.kind, data.directions):  # [model, d_model]
         near = (torch.cosine_similarity(d, planted, dim=2) > 0.9) | ~planted.any(-1)
-        recovers = near.all(1).numpy() & (table.kind == kind.removeprefix("turned "))
+        is_near = near.all(1).numpy()
+        recovers = is_near & (table.kind == kind.removeprefix("turned "))
         recovered[kind] += recovers.any()
+        confirmed[kind] += (is_near & (table.confirmed == True)).any()  # noqa: E712
         is_false &= ~recovers
     score = dict(
         planted=Counter(data.kind),
         recovered=recovered,
+        confirmed=confirmed,
         latents=Counter(table.kind),
         false=Counter(table.kind[is_false]),
-        confirmed=Counter(table.query("confirmed == True").kind),
     )
     return pd.DataFrame(score).query("planted > 0").fillna(0).astype(int)
 
@@ -493,7 +496,8 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     if splice:
         models = load_models(data, frequency.device)
         order = "nats_per_token"
-        table[order] = attribution(model, data, models, -(-n_texts // 2))[table.index]
+        found = attribution(model, data, models, -(-n_texts // 2))
+        table.insert(0, order, found[table.index])
     table = table.sort_values(order, ascending=False, kind="stable")
     table.to_csv(out / "latents.csv", index_label="latent")
     if splice:

@@ -1455,16 +1455,16 @@ def test_toy_score_counts_what_a_perfect_and_a_spoilt_dictionary_recover():
         return found.assign(confirmed=found.kind == "base-only")
 
     score = report.toy_score(toy, model, table())
-    assert score.loc["shared"].tolist() == [192, 192, 192, 0, 0]
-    assert score.loc["base-only"].tolist() == [32, 32, 32, 0, 32]
-    assert score.loc["fine-tuned-only"].tolist() == [32, 32, 32, 0, 0]
+    assert score.loc["shared"].tolist() == [192, 192, 0, 192, 0]
+    assert score.loc["base-only"].tolist() == [32, 32, 32, 32, 0]
+    assert score.loc["fine-tuned-only"].tolist() == [32, 32, 0, 32, 0]
     false = torch.stack([torch.randn(toy.d_model), torch.zeros(toy.d_model)])
     model.W_dec.data[200] = false
     alive[0] = 0
     score = report.toy_score(toy, model, table())
-    assert score.columns.tolist() == ["planted", "recovered", "latents", "false", "confirmed"]
-    assert score.loc["shared"].tolist() == [192, 191, 191, 0, 0]
-    assert score.loc["base-only"].tolist() == [32, 31, 32, 1, 32]
+    assert score.columns.tolist() == ["planted", "recovered", "confirmed", "latents", "false"]
+    assert score.loc["shared"].tolist() == [192, 191, 0, 191, 0]
+    assert score.loc["base-only"].tolist() == [32, 31, 31, 32, 1]
     hard = train.HardToy(dict(seed=0))
     model.W_dec.data.copy_(hard.directions)
     every = report.compare(model, torch.ones(256)).assign(confirmed=False)
@@ -1482,7 +1482,7 @@ def test_a_latent_of_another_kind_recovers_no_feature_and_is_not_hidden_by_one_t
     table = report.compare(model, torch.ones(256)).assign(confirmed=np.nan)
     score = report.toy_score(toy, model, table)
     assert table.kind[192] == "uneven"
-    assert score.loc["base-only"].tolist() == [32, 31, 31, 0, 0]
+    assert score.loc["base-only"].tolist() == [32, 31, 0, 31, 0]
     assert sorted(score.index) == ["base-only", "fine-tuned-only", "shared"]
 
 
