@@ -108,22 +108,20 @@ def load(key, config, device):
     if not name:
         fail(f"--{key} is missing: expected a path or a hub name")
     options = dict(trust_remote_code=config["trust_remote_code"])
-    of_model = options | dict(dtype=config["dtype"], output_loading_info=True)
-    if config["device_map"]:
-        of_model["device_map"] = config["device_map"]
+    of_model = options | dict(dtype=config["dtype"], device_map=config["device_map"] or device)
     with explain(f"--{key}={name} cannot be loaded"), warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         is_adapter = key == "finetuned" and has_file(name, "adapter_config.json")
         whole = config["base"] if is_adapter else name
+        of_model["output_loading_info"] = True
         model, found = AutoModelForCausalLM.from_pretrained(whole, **of_model)
         modules = dict(model.named_modules())
         unused = [key for key in found["unexpected_keys"] if key.rpartition(".")[0] in modules]
-        for wrong in (*found["missing_keys"], *unused):
-            raise ValueError(f"its weights are not those of its config: {wrong}")
+        wrong = [*found["missing_keys"], *unused]
+        if wrong:
+            raise ValueError(f"its weights are not those of its config: {wrong[0]}")
         if is_adapter:
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
-        if not config["device_map"]:
-            model = model.to(device)
         if not any(has_file(name, file) for file in ("tokenizer_config.json", "tokenizer.json")):
             name = config["base"]
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -165,11 +163,11 @@ def activations(model, hook, input_ids, attention_mask):
     attention_mask [batch, position], padded on the right. Ends the program if there is none.
     """
     what = f"--hook={hook} has no output [batch, position, d_model]"
-    inputs = dict(input_ids=input_ids, attention_mask=attention_mask)
-    inputs = {name: ids.to(model.device) for name, ids in inputs.items()}
+    inputs = dict(input_ids=input_ids.to(model.device), use_cache=False)
+    inputs["attention_mask"] = attention_mask.to(model.device)
     # No such module; one that is never called, as a list of blocks; or a token without embedding.
     with explain(what, (AttributeError, OutOfOrderError, LookupError)):
-        with model.trace(**inputs, use_cache=False) as tracer:
+        with model.trace(**inputs) as tracer:
             x = hidden(model.get(hook).output).save()
             tracer.stop()  # the forward pass ends there
     if x.shape[:-1] != input_ids.shape:
@@ -187,15 +185,13 @@ def read_docs(config, tokenizer, dropped):
     a text in the Counter `dropped`. Ends the program at a source or row that cannot be read.
     """
     names = [config["text"]] if Path(config["text"]).exists() else config["text"].split(",")
-    if not all(names) or len(set(names)) < len(names):
-        fail(f"--text={config['text']}: expected one source or several, each once")
     given = config["text_share"]
-    what = f"--text_share={given}: expected {len(names)} numbers over 0"
+    what = f"--text={','.join(names)} --text_share={given}: expected each once, shares over 0"
     with explain(what, ValueError):
         shares = [float(number) for number in given.split(",")] if given else [1] * len(names)
-    if len(shares) != len(names) or not all(0 < number < np.inf for number in shares):
-        fail(what)
     share = dict(zip(names, shares))
+    if not len(share) == len(names) == len(shares) or not all(0 < y < np.inf for y in shares):
+        fail(what)
     sources = {name: read_source(name, config, tokenizer, dropped) for name in names}
     taken = dict.fromkeys(names, 0)
     while sources:
@@ -283,10 +279,10 @@ class Harvest:
         if seq_len < config["seq_len"]:
             print(f"--seq_len={seq_len} is used: models have no more positions", file=sys.stderr)
         self.config = config | dict(seq_len=seq_len)
-        of_models = sum(p.nbytes for m in (base, finetuned) for p in m.parameters())
+        of_models = base.get_memory_footprint() + finetuned.get_memory_footprint()
         row = 4 * base.config.get_text_config().hidden_size  # float16 of both
         sizes = np.array([of_models, 2 * row * config["shuffle_rows"], row * 10**6]) / 1e9
-        print("{:.2f} GB models, {:.2f} GB shard, {:.2f} GB store per million".format(*sizes))
+        print("{:.2f} GB models, {:.2f} GB shard, {:.2f} GB per million rows".format(*sizes))
 
         ids_of_base = tokenizer_of_base.get_vocab()
         ids = self.tokenizer.get_vocab()

@@ -51,7 +51,8 @@ def compare(model, frequency):
     d_B in each model's scale: relative_norm, ||d_B|| / (||d_A|| + ||d_B||), and by it the kind;
     change, ||d_B - d_A|| / (||d_A|| + ||d_B||); cosine; and carries, frequency * change.
     """
-    a, b = model.in_models(model.W_dec).detach().cpu().unbind(1)  # [latent, d_model]
+    d = model.in_models(model.W_dec).detach().cpu()
+    a, b = d.unbind(1)  # [latent, d_model]
     norms = a.norm(dim=1) + b.norm(dim=1)
     columns = dict(
         relative_norm=b.norm(dim=1) / norms,
@@ -236,9 +237,9 @@ def fit_yardsticks(crosscoder, data, held_out):
         maps[name] = weights, change.mean(0) - a.mean(0) @ weights
     directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)
     a, b = held_out.to(a).unbind(1)
-    error = b - a - a @ W
-    r2 = 1 - error.var(0).sum() / (b - a).var(0).sum()
-    return maps, directions, r2.item()
+    whole = (b - a).var(dim=0).sum()
+    left = (b - a - a @ W).var(dim=0).sum()
+    return maps, directions, 1 - (left / whole).item()
 
 
 def additions(a, f, more, maps, sets):
@@ -250,7 +251,8 @@ def additions(a, f, more, maps, sets):
     for name, (W, b) in maps.items():
         yield name, 0, a @ W + b
     for name, few in sets.items():
-        yield name, (f[:, few] > 0).sum().item(), f[:, few] @ more[few]
+        numbers = (f[:, few] > 0).sum().item()
+        yield name, numbers, f[:, few] @ more[few]
 
 
 def patches(crosscoder, x, maps, directions, sets):
@@ -274,6 +276,14 @@ def patches(crosscoder, x, maps, directions, sets):
         yield name, 0, numbers, a + added + constant * (name in sets)
 
 
+def sets_of(order):
+    """Of latents in an order the first n, and n at random: {name: latents} to put in."""
+    random = np.random.default_rng(0).permutation(order)
+    sets = {f"chosen_{n}": order[:n] for n in (1, 5, 20, 100)}
+    sets |= {f"random_{n}": random[:n] for n in (20, 100)}
+    return sets | dict(chosen_all=order)
+
+
 @torch.no_grad()
 def splice_in(crosscoder, data, models, n_texts, maps, directions, sets):
     """
@@ -294,7 +304,8 @@ def splice_in(crosscoder, data, models, n_texts, maps, directions, sets):
             ce = F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").item()
             kl = (-torch.tensordot(p, log_p) - entropy).item()
             found.append(dict(name=name, numbers=numbers, ce=ce, kl=kl))
-    curve = pd.DataFrame(found).groupby("name", sort=False).sum() / np.sum(sizes, axis=0)
+    curve = pd.DataFrame(found).groupby("name", sort=False).sum()
+    curve /= np.sum(sizes, axis=0)
     if curve.kl.clean_B > 1e-3:
         fail("--splice=True: in these models, later blocks read more than the hook's output")
     of_layer = curve.kl.clean_A - curve.kl.all_of_B
@@ -410,7 +421,8 @@ def described(model, data, held_out, top, models, maps):
     rows = pd.DataFrame(dict(doc=data.doc, pos=data.pos)).iloc[data.val_rows]
     sources = pd.Series(load_from_disk(data.path / "docs")["source"])
     rows["source"] = sources[rows.doc].to_numpy()
-    f = torch.cat([model.encode(x)[:, top.index] for x in held_out.split(1024)])
+    parts = held_out.split(1024)
+    f = torch.cat([model.encode(x)[:, top.index] for x in parts])
     more = in_b_more(model)[0][top.index]
     one_each = {j: [i] for i, j in enumerate(top.index)}
     found = {}
@@ -478,14 +490,17 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     row, frequency = train.validate(model, data, config["l1_coeff"])
     held_out = torch.cat(list(data.validation())).float()  # [row, model, d_model]
     a, b = held_out.unbind(1)
-    change = (b - a).norm(dim=1).mean() / a.norm(dim=1).mean()
-    row["relative_difference"] = change.item()
+    size = (b - a).norm(dim=1).mean()
+    change = (size / a.norm(dim=1).mean()).item()
+    row["relative_difference"] = change
     table = compare(model, frequency)
     exclusive = table.kind.str.endswith("only")
     often = table[table.frequency >= min(20 / len(held_out), 0.01)]
     leaning = often.relative_norm.sort_values().index
-    asked = exclusive | table.index.isin([*leaning[:50], *leaning[-50:]])
-    table = table.join(latent_scaling(model, held_out.split(1024), table.index[asked]))
+    is_leaning = table.index.isin(leaning[:50]) | table.index.isin(leaning[-50:])
+    asked = exclusive | is_leaning
+    scaling = latent_scaling(model, held_out.split(1024), table.index[asked])
+    table = table.join(scaling)
     table["confirmed"] = table.eval("nu_r < 0.5 and nu_epsilon < 0.2").where(asked)
 
     # what carries it
@@ -501,25 +516,21 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     table = table.sort_values(order, ascending=False, kind="stable")
     table.to_csv(out / "latents.csv", index_label="latent")
     if splice:
-        maps, directions, r2 = fit_yardsticks(model, data, held_out)
-        sets = {f"chosen_{n}": table.index[:n] for n in (1, 5, 20, 100)}
-        sets["chosen_all"] = table.index
-        random = table.sample(frac=1, random_state=0).index
-        sets |= {f"random_{n}": random[:n] for n in (20, 100)}
-        curve = splice_in(model, data, models, n_texts, maps, directions, sets)
-        found = dict(map_r2=r2)
+        maps, directions, row["map_r2"] = fit_yardsticks(model, data, held_out)
+        curve = splice_in(model, data, models, n_texts, maps, directions, sets_of(table.index))
         for m in "AB":
             clean, spliced, zero = curve.ce[[f"clean_{m}", f"spliced_{m}", f"zero_{m}"]]
-            found[f"loss_recovered_{m}"] = (zero - spliced) / (zero - clean)
-        row |= found
-        found |= {f"{column}_{name}": y for (column, name), y in curve.unstack().items()}
-        named = {"step": config["steps"]} | {f"val/{key}": y for key, y in found.items()}
+            row[f"loss_recovered_{m}"] = (zero - spliced) / (zero - clean)
+        found = {f"{column}_{name}": y for (column, name), y in curve.unstack().items()}
+        named = {"step": config["steps"]} | {f"val/{key}": y for key, y in (row | found).items()}
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(named) + "\n")
 
     # the page: the first 20, and the first 40 of those that are one model's alone
     alone = table.kind.str.endswith("only") | (table.confirmed == True)  # noqa: E712
-    top = table[(np.arange(len(table)) < 20) | (alone & (alone.cumsum() <= 40))]
+    is_first = np.arange(len(table)) < 20
+    is_listed = is_first | (alone & (alone.cumsum() <= 40))
+    top = table[is_listed]
     if docs:
         top = described(model, data, held_out, top, models, maps)
     top = top.dropna(axis=1, how="all").reset_index(names="latent")

@@ -93,9 +93,10 @@ allowed["dedicated"] = pd.Interval(0, 0.5, closed="both")
 allowed["beta1"] = allowed["beta2"] = pd.Interval(0, 1, closed="left")
 
 
-def fail(message, is_of_all=True):
-    """Ends the program for a mistake of its user: exit code 2 and, of one process, a line."""
-    if os.environ.get("RANK", "0") == "0" or not is_of_all:
+def fail(message):
+    """Ends the program for a mistake of its user: one line, exit code 2."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first or torch.distributed.is_initialized():  # before, all processes say the same
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -319,7 +320,7 @@ class Store:
         x = np.stack(parts, axis=1)
         bad = rows[~np.isfinite(x).all((1, 2))]
         if len(bad):
-            fail(f"{self.path}: row {bad[0]} holds nan or inf", is_of_all=False)
+            fail(f"{self.path}: row {bad[0]} holds nan or inf")
         return torch.from_numpy(x)
 
     def batch(self, step):
@@ -771,8 +772,8 @@ def read_checkpoint(out):
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("step", "texts_read"):
-            if type(state[name]) is not int or not 0 <= state[name] < 10**12:
+        for name, most in dict(step=state["config"]["steps"], texts_read=10**12).items():
+            if type(state[name]) is not int or not 0 <= state[name] <= most:
                 raise ValueError(f"{name} is {state[name]}")
         for name, y in state["model"].items():
             if not y.isfinite().all():
@@ -843,8 +844,9 @@ def train(config, state=None):
             moments = dict(state=state["moments"])  # rates are the config's
             optimizer.load_state_dict(optimizer.state_dict() | moments)
             model.mix.inverse()
-            for p, of_p in optimizer.state.items():  # fused, it does not look
-                if any(y.shape not in (p.shape, ()) for y in of_p.values()):
+            for p, of_p in optimizer.state.items():  # a fused step would not look
+                shapes = {of_p.get(name, p).shape for name in ("exp_avg", "exp_avg_sq")}
+                if shapes != {p.shape}:
                     raise ValueError("a moment has another shape than its parameter")
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
         for _ in range(state["step"]):  # a scheduler of any kind gets there so
