@@ -18,13 +18,13 @@ import html
 import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from datasets import load_from_disk
 from einops import einsum
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -419,8 +419,7 @@ def described(model, data, held_out, top, models, maps):
     """
     decode = find_decoder(data)
     rows = pd.DataFrame(dict(doc=data.doc, pos=data.pos)).iloc[data.val_rows]
-    sources = pd.Series(load_from_disk(data.path / "docs")["source"])
-    rows["source"] = sources[rows.doc].to_numpy()
+    rows["source"] = np.array(data.sources)[rows.doc]
     parts = held_out.split(1024)
     f = torch.cat([model.encode(x)[:, top.index] for x in parts])
     more = in_b_more(model)[0][top.index]
@@ -435,7 +434,7 @@ def described(model, data, held_out, top, models, maps):
                 row = data.val_rows[i]
                 found[name]["likelier"] = likelier(data, models[0], row, added[i], decode)
     shown = pd.DataFrame(found).T.join(top)
-    return shown if sources.nunique() > 1 else shown.drop(columns="source")
+    return shown if rows.source.nunique() > 1 else shown.drop(columns="source")
 
 
 def pictures(table, rows, curve, path):
@@ -514,7 +513,8 @@ def report(model, data, config, rows, splice=False, n_texts=16):
         found = attribution(model, data, models, -(-n_texts // 2))
         table.insert(0, order, found[table.index])
     table = table.sort_values(order, ascending=False, kind="stable")
-    table.to_csv(out / "latents.csv", index_label="latent")
+    to_csv = partial(table.to_csv, index_label="latent")
+    train.write_atomically(out / "latents.csv", to_csv)
     if splice:
         maps, directions, row["map_r2"] = fit_yardsticks(model, data, held_out)
         curve = splice_in(model, data, models, n_texts, maps, directions, sets_of(table.index))

@@ -2791,7 +2791,7 @@ def damaged(kind):
         Path("acts/meta.json").write_text("{}")
         write_store("acts", x, doc=np.arange(500), pos=np.arange(500))
     if kind == "docs of another store":
-        Dataset.from_dict(dict(input_ids=[[0]] * 3)).save_to_disk("acts/docs")
+        Dataset.from_dict(dict(input_ids=[[0]] * 3, source=["a"] * 3)).save_to_disk("acts/docs")
 
 
 @pytest.mark.parametrize(

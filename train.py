@@ -296,6 +296,7 @@ class Store:
         self.meta = json.loads((self.path / "meta.json").read_text())
         docs = load_from_disk(self.path / "docs")
         self.docs = docs["input_ids"]
+        self.sources = docs["source"]
         self.doc = index["doc"].to_numpy()
         self.pos = index["pos"].to_numpy()
         ids = docs.data.column("input_ids").combine_chunks()
