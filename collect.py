@@ -13,8 +13,9 @@ Any key of the config is set by --key=value. A store is a folder, OUT:
                         doc         int32, row in OUT/docs
                         pos         int32, position in that doc's input_ids
     OUT/finetuned/  the same of the other model: row i of one is row i of the other, in random order
-    OUT/docs/       a Hugging Face dataset, a row per text or, if it is longer than seq_len tokens,
-                    per piece of it: input_ids; source, one of those of --text; text, its row there
+    OUT/docs/       a Hugging Face dataset, a row per text or, if it is longer than seq_len tokens
+                    or 10,000 characters, per piece of it: input_ids; source, one of those of
+                    --text; text, its row there
     OUT/meta.json   the config; processes; hooks, the module's path in each model; d_model; tokens,
                     rows of base; docs, rows of docs; dropped, tokens left out by reason, and rows
                     without a text; scale, sqrt(d_model) / mean norm of each model's rows;
@@ -44,6 +45,7 @@ import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, load_dataset, load_from_disk
+from datasets.utils.logging import CRITICAL, set_verbosity
 from nnsight import NNsight
 from nnsight.intervention.interleaver import OutOfOrderError
 from peft import PeftConfig, PeftModel
@@ -78,7 +80,7 @@ config = dict(
     texts_per_batch=8,  # rows of a forward pass
     shuffle_rows=100_000,  # tokens per process that are shuffled together, and written at once
     dtype="float32",  # of the models: float32, bfloat16 or float16
-    device="auto",  # auto (cuda if there is one, or one for each model), cpu or cuda
+    device="auto",  # auto (cuda if there is one; if there are two, one a model), cpu or cuda
     device_map="",  # auto: accelerate splits models that are too large over GPUs, CPU and disk
     trust_remote_code=False,  # run code that comes with the models
     seed=0,  # of the order of the rows
@@ -190,7 +192,8 @@ def read_docs(config, tokenizer, dropped):
     with explain(what, ValueError):
         shares = [float(number) for number in given.split(",")] if given else [1] * len(names)
     share = dict(zip(names, shares))
-    if not len(share) == len(names) == len(shares) or not all(0 < y < np.inf for y in shares):
+    fits = len(share) == len(names) == len(shares) and all(names)
+    if not fits or not all(0 < number < np.inf for number in shares):
         fail(what)
     sources = {name: read_source(name, config, tokenizer, dropped) for name in names}
     taken = dict.fromkeys(names, 0)
@@ -232,6 +235,7 @@ def read_rows(name, config):
     """Yields the rows of a source as dicts. Ends the program where it cannot be read."""
     suffix = name.lower().removesuffix(".gz").rpartition(".")[2]
     of_file = dict(data_files=name, split="train", streaming=True)
+    set_verbosity(CRITICAL)  # what it would say of a damaged file, fail does
     with explain(f"--text={name} cannot be read"):
         if Path(name, "state.json").exists():
             rows = load_from_disk(name)
@@ -358,15 +362,20 @@ class Stream:
     meta = {}
 
     def __init__(self, config, texts_read=0):
-        """Starts after texts_read docs, as many as a run that goes on has read."""
+        """
+        Holds out the first docs, of twice val_tokens tokens. Starts after those, or after as many
+        docs as a run that goes on has read.
+        """
         self.config = config
-        self.texts_read = texts_read
         self.harvest = Harvest(with_base(config))
         self.d_model = self.harvest.d_model
         self.generator = torch.Generator().manual_seed(config["seed"])
         self.rows = self.harvest.no_rows["x"]
         self.shards = self.read()
-        self.held_out = self.take(config["val_tokens"])
+        held_out = take_docs(self.harvest.read(), 2 * config["val_tokens"])
+        self.held_out = self.harvest.run(held_out)[0]["x"][: config["val_tokens"]]
+        self.first = len(held_out)  # doc to train on
+        self.texts_read = max(texts_read, self.first)
 
     def read(self):
         """Yields this process's rows of shard after shard, x of run(); at their end all again."""
@@ -377,10 +386,12 @@ class Stream:
                 self.texts_read += len(shard)
                 rows, _ = self.harvest.run(shard[rank::n_processes])
                 yield rows["x"]
-            if self.texts_read < n_processes:  # some process would wait for rows for ever
+            if (
+                self.texts_read - self.first < n_processes
+            ):  # some process would wait for rows for ever
                 fail(f"--text={self.config['text']}: too few texts for {n_processes} processes")
             print(f"all {self.texts_read} texts are read: they come again", file=sys.stderr)
-            self.texts_read = 0
+            self.texts_read = self.first
 
     def take(self, n):
         """The next n rows [n, n_models, d_model]; half a shard stays, to be mixed with the next."""
@@ -465,20 +476,19 @@ def collect(config):
     packages = ("torch", "transformers", "nnsight", "datasets")
     meta["versions"] = {name: version(name) for name in packages}
     building.mkdir(parents=True, exist_ok=True)
-    lock = open(building / "lock", "w")
-    with explain(f"{building} is being written already", BlockingIOError):
-        if rank == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    docs = harvest.read(meta["docs"])
-    left = config["n_tokens"] - meta["tokens"]
-    harvest.bar = tqdm(total=left // n_processes, unit="tok", unit_scale=True, disable=rank > 0)
-    while shard := take_docs(docs, min(left, config["shuffle_rows"] * n_processes)):
-        add_shard(harvest, building, shard, meta)
+    with open(building / "lock", "w") as lock:
+        with explain(f"{building} is being written already", BlockingIOError):
+            if rank == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        docs = harvest.read(meta["docs"])
         left = config["n_tokens"] - meta["tokens"]
-    harvest.bar.close()
+        harvest.bar = tqdm(total=left // n_processes, unit="tok", unit_scale=True, disable=rank > 0)
+        while shard := take_docs(docs, min(left, config["shuffle_rows"] * n_processes)):
+            add_shard(harvest, building, shard, meta)
+            left = config["n_tokens"] - meta["tokens"]
+        harvest.bar.close()
     if rank == 0:
-        Path(lock.name).unlink()
+        (building / "lock").unlink()
         building.replace(out)
         print(f"{out}: {meta['tokens']} of {meta['n_tokens']} tokens, of {meta['hooks'][0]}")
         print(f"dropped: {meta['dropped']}\nscale: {meta['scale']}")

@@ -8,8 +8,8 @@ Any key of the config is set by --key=value. It writes RUN/report.html, a page t
 how large the change is, how many latents both models share and each has alone, and of those that
 carry most of it the texts that they fire on; RUN/latents.csv, all that are alive; RUN/report.svg,
 the picture; and, of splicing, a row of RUN/metrics.jsonl, val/COLUMN_NAME of `splice_in`. All
-figures are of rows held out: of a store that knows its texts, of texts no row of which was trained
-on.
+figures are of rows held out: of a store that knows its texts, of docs (texts, or pieces of long
+ones) no row of which was trained on.
 Latent scaling: Minder, Dumas et al. 2025, arXiv 2504.02922. Attribution patching: Nanda 2023; Syed
 et al. 2023, arXiv 2310.10348. Reduced-rank regression: Izenman 1975.
 """
@@ -167,7 +167,10 @@ def load_models(data, device):
     meta = collect.config | data.meta | dict(trust_remote_code=False)
     with explain(f"{data.path}/meta.json does not name two models and hooks"):
         hooks = dict(zip(data.names, meta["hooks"], strict=True))
-    return [Hooked(collect.load(key, meta, device)[0], str(hooks[key])) for key in data.names]
+    models = [collect.load(key, meta, device)[0] for key in data.names]
+    if len({model.config.get_text_config().vocab_size for model in models}) > 1:
+        fail("--splice=True: the models have vocabularies of different sizes")
+    return [Hooked(model, str(hooks[key])) for model, key in zip(models, data.names)]
 
 
 def read_texts(data, models, rows, n_texts=1):
@@ -237,8 +240,8 @@ def fit_yardsticks(crosscoder, data, held_out):
         maps[name] = weights, change.mean(0) - a.mean(0) @ weights
     directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)
     a, b = held_out.to(a).unbind(1)
-    whole = (b - a).var(dim=0).sum()
-    left = (b - a - a @ W).var(dim=0).sum()
+    whole = (b - a).var(dim=0, correction=0).sum()
+    left = (b - a - a @ W - maps["map"][1]).square().mean(dim=0).sum()
     return maps, directions, 1 - (left / whole).item()
 
 
@@ -415,7 +418,7 @@ def likelier(data, base, row, added, decode):
 def described(model, data, held_out, top, models, maps):
     """
     The table `top` of latents with the texts that they fire on and, with models, the tokens that
-    they make likelier; and before them the same of the constant and of the map of rank 1.
+    they make likelier; and before them the same of the maps.
     """
     decode = find_decoder(data)
     rows = pd.DataFrame(dict(doc=data.doc, pos=data.pos)).iloc[data.val_rows]
@@ -434,7 +437,9 @@ def described(model, data, held_out, top, models, maps):
                 row = data.val_rows[i]
                 found[name]["likelier"] = likelier(data, models[0], row, added[i], decode)
     shown = pd.DataFrame(found).T.join(top)
-    return shown if rows.source.nunique() > 1 else shown.drop(columns="source")
+    if rows.source.nunique() == 1:
+        shown = shown.drop(columns="source", errors="ignore")
+    return shown
 
 
 def pictures(table, rows, curve, path):
@@ -557,12 +562,13 @@ def main(argv):
         fail("--run is missing: expected the folder of a run")
     device = train.set_up(options["device"])
     state = train.read_checkpoint(run)
-    of_run = state["config"]
-    of_run["out_dir"] = run
+    of_run = train.config | state["config"]
+    of_run |= dict(out_dir=run, steps=state["step"])
     if "trust_remote_code" in of_run:
         of_run["trust_remote_code"] = False  # only a command line switches that on
     with explain(f"--run={run}: its weights are not there, or not whole"):
         model = train.CrossCoder.from_pretrained(run).to(device)
+        model.load_state_dict(state["model"])  # of the same step as its rows
     data = train.open_data(of_run)
     if model.b_dec.shape[1] != data.d_model:
         fail(f"--run={run}: its data is of another d_model than its weights")

@@ -1305,6 +1305,34 @@ def test_a_damaged_tokenizer_is_said_and_not_passed_over_for_the_bases(pairs, ca
         Path("damaged", name).write_text(whole)
 
 
+def test_a_stream_holds_out_its_first_texts_whole_also_when_all_come_again_and_on_resuming(
+    pairs, monkeypatch
+):
+    folder, _ = pairs["llama"]
+    config = train.config | collect_config(folder) | dict(data="stream", batch_size=100)
+    config |= dict(val_tokens=300, shuffle_rows=400)
+    real = collect.Harvest.run
+    ran = []
+
+    def run(harvest, docs):
+        ran.append({number for _, number, _ in docs})
+        return real(harvest, docs)
+
+    monkeypatch.setattr(collect.Harvest, "run", run)
+    stream = collect.Stream(config)
+    assert len(torch.cat(list(stream.validation()))) == 300
+    held_out = ran[1]  # the first are what the median norm is of
+    assert len(held_out) > 10
+    for step in range(60):  # more than all texts
+        stream.batch(step)
+    texts = set().union(*ran[2:])
+    assert len(texts) > 80 and len(ran) > 10
+    assert texts & held_out <= {max(held_out)}, "but for other pieces of the last one"
+    again = collect.Stream(config, stream.texts_read)
+    assert torch.equal(again.held_out, stream.held_out)
+    assert again.texts_read == stream.texts_read
+
+
 def test_a_stream_trains_and_resumes_and_its_batches_are_rows_of_both_models(pairs):
     folder, _ = pairs["llama"]
     options = "--data=stream --out_dir=out --steps=60 --k=8 --val_tokens=64 --layer=1 --seq_len=32"
@@ -1319,7 +1347,7 @@ def test_a_stream_trains_and_resumes_and_its_batches_are_rows_of_both_models(pai
     collect.collect(collect_config(folder, n_tokens=10_000))
     a, b = [np.array(load_from_disk(f"acts/{name}")["activation"]) for name in NAMES]
     stored = {tuple(row) for row in np.concatenate([a, b], axis=1).tolist()}
-    stream = collect.Stream(collect_config(folder, batch_size=64, val_tokens=10))
+    stream = collect.Stream(collect_config(folder, batch_size=64, val_tokens=0))
     for step in range(20):
         x = stream.batch(step)
         assert x.shape == (64, 2, 16)
@@ -1788,6 +1816,8 @@ def test_yardsticks_find_a_planted_affine_change_its_one_direction_and_its_singu
         held_out = torch.cat(list(store.validation())).float()
         maps, directions, r2 = report.fit_yardsticks(Says(), store, held_out)
         assert r2 > 0.999
+        shifted = held_out + torch.tensor([[0.0], [5.0]])
+        assert report.fit_yardsticks(Says(), store, shifted)[2] < r2 - 0.1, "its constant counts"
         U, size, V = np.linalg.svd(change[:3500], full_matrices=False)
         n = 5 if size[4] > 1 else 1
         cosine = np.abs((directions[:, :n].numpy() * V[:n].T).sum(0))
@@ -2152,6 +2182,24 @@ def test_models_that_cannot_be_spliced_into_cost_no_trained_weights(pairs, capsy
     Path("out/report.html").unlink()
     report.main(["--run=out"])
     assert Path("out/report.html").read_text() == page
+
+
+def test_a_run_in_which_no_latent_fires_is_reported(pairs):
+    collect.collect(collect_config(pairs["gpt2"][0], n_tokens=600))
+    reported("--data=acts", "--out_dir=out", "--steps=5")
+    state = checkpoint("out")
+    state["model"]["b_enc"] -= 1e6
+    torch.save(state, "out/checkpoint.pt")
+    assert "48 latents 0 are alive" in report.main(["--run=out"])
+
+
+def test_the_weights_that_are_reported_are_the_checkpoints():
+    reported("--steps=20", "--out_dir=out")
+    older = Path("out/model.safetensors").read_bytes()
+    resume("--steps=40")
+    page = Path("out/report.html").read_text()
+    Path("out/model.safetensors").write_bytes(older)  # as if it had been killed before the end
+    assert report.main(["--run=out"]) == page
 
 
 @pytest.mark.slow
@@ -3093,7 +3141,7 @@ def test_one_latent_tells_texts_with_the_trigger_of_a_backdoor_from_others(capsy
         picking = np.isin(np.arange(n_docs), rng.permutation(n_docs)[: n_docs // 2])
         since = store.pos - begins[store.doc]
         other = (since < 0) | (since >= len(trigger))  # not the trigger's own tokens
-        x = store.read(np.arange(store.n_rows)).float()
+        x = store.read(np.arange(len(store.doc))).float()
         difference = x[:, 1] - x[:, 0]
 
         def of_best(scores, doc=store.doc, other=other, positive=positive, picking=picking):
