@@ -2445,6 +2445,7 @@ def test_two_collections_into_one_folder_at_a_time_get_one_line(pairs, capsys):
         ("W_dec", torch.nan),
         ("mix", 0),
         ("moments", "shape"),
+        ("moments", "lacks one"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_meant_gets_one_line(capsys, key, value):
@@ -2454,6 +2455,8 @@ def test_a_checkpoint_that_cannot_be_meant_gets_one_line(capsys, key, value):
         state["model"][key] *= value
     elif value == "shape":
         state["moments"][0]["exp_avg"] = torch.zeros(3)
+    elif value == "lacks one":
+        del state["moments"][0]["exp_avg_sq"]
     else:
         state[key] = value
     torch.save(state, "out/checkpoint.pt")
