@@ -63,7 +63,8 @@ def compare(model, frequency):
     table = pd.DataFrame(columns)
     table["carries"] = table.frequency * table.change
     kinds = ["base-only", "uneven", "shared", "uneven", "fine-tuned-only"]
-    table["kind"] = np.take(kinds, np.digitize(table.relative_norm, [0.1, 0.4, 0.6, 0.9]))
+    bins = np.digitize(table.relative_norm, [0.1, 0.4, 0.6, 0.9])
+    table["kind"] = np.take(kinds, bins)
     return table.query("frequency > 0")
 
 
@@ -234,11 +235,13 @@ def fit_yardsticks(crosscoder, data, held_out):
     gram = centered.T @ centered
     ridge = 0.01 * gram.diag().mean() * torch.eye(len(gram), device=gram.device)
     W = torch.linalg.solve(gram + ridge, centered.T @ change)
-    written = torch.linalg.eigh(W.T @ gram @ W).eigenvectors[:, -1]
+    said = torch.linalg.eigh(W.T @ gram @ W)  # of what `map` says
+    written = said.eigenvectors[:, -1]
     maps = dict(constant=(0 * W, in_b_more(crosscoder)[1]))
     for name, weights in dict(rank_1=W @ written.outer(written), map=W).items():
         maps[name] = weights, change.mean(0) - a.mean(0) @ weights
-    directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)
+    of_change = torch.linalg.eigh(change.T @ change)
+    directions = of_change.eigenvectors.flip(1)
     a, b = held_out.to(a).unbind(1)
     whole = (b - a).var(dim=0, correction=0).sum()
     left = (b - a - a @ W - maps["map"][1]).square().mean(dim=0).sum()
@@ -305,7 +308,8 @@ def splice_in(crosscoder, data, models, n_texts, maps, directions, sets):
         for name, m, numbers, values in patches(crosscoder, x[kept], maps, directions, sets):
             log_p = models[m].log_p(ids, x[:, m].index_copy(0, kept, values))
             ce = F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").item()
-            kl = (-torch.tensordot(p, log_p) - entropy).item()
+            cross_entropy = -torch.tensordot(p, log_p)
+            kl = (cross_entropy - entropy).item()
             found.append(dict(name=name, numbers=numbers, ce=ce, kl=kl))
     curve = pd.DataFrame(found).groupby("name", sort=False).sum()
     curve /= np.sum(sizes, axis=0)
@@ -387,7 +391,8 @@ def examples(data, rows, decode):
     largest = rows[rows["size"] > 0].sort_values("size", ascending=False, kind="stable")
     lines = []
     for doc in largest.doc.unique()[:5].tolist():
-        shade = largest[largest.doc == doc].set_index("pos")["size"] / rows["size"].max()
+        of_doc = largest[largest.doc == doc].set_index("pos")
+        shade = of_doc["size"] / rows["size"].max()
         lines.append(snippet(data.docs[doc], shade, decode))
     share = largest.source[:20].value_counts(normalize=True)
     first = share.idxmax()
@@ -421,7 +426,8 @@ def described(model, data, held_out, top, models, maps):
     they make likelier; and before them the same of the maps.
     """
     decode = find_decoder(data)
-    rows = pd.DataFrame(dict(doc=data.doc, pos=data.pos)).iloc[data.val_rows]
+    rows = pd.DataFrame(dict(doc=data.doc, pos=data.pos))
+    rows = rows.iloc[data.val_rows].copy()
     rows["source"] = np.array(data.sources)[rows.doc]
     parts = held_out.split(1024)
     f = torch.cat([model.encode(x)[:, top.index] for x in parts])
