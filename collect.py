@@ -107,8 +107,6 @@ def load(key, config, device):
     adapter. `key` is base or finetuned. Ends the program if they cannot be loaded, or not whole.
     """
     name = config[key]
-    if not name:
-        fail(f"--{key} is missing: expected a path or a hub name")
     options = dict(trust_remote_code=config["trust_remote_code"])
     of_model = options | dict(dtype=config["dtype"], device_map=config["device_map"] or device)
     with explain(f"--{key}={name} cannot be loaded"), warnings.catch_warnings():
@@ -118,10 +116,10 @@ def load(key, config, device):
         of_model["output_loading_info"] = True
         model, found = AutoModelForCausalLM.from_pretrained(whole, **of_model)
         modules = dict(model.named_modules())
-        unused = [key for key in found["unexpected_keys"] if key.rpartition(".")[0] in modules]
-        wrong = [*found["missing_keys"], *unused]
+        unused = {key for key in found["unexpected_keys"] if key.rpartition(".")[0] in modules}
+        wrong = unused.union(found["missing_keys"])
         if wrong:
-            raise ValueError(f"its weights are not those of its config: {wrong[0]}")
+            raise ValueError(f"its weights are not those of its config: {min(wrong)}")
         if is_adapter:
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
         if not any(has_file(name, file) for file in ("tokenizer_config.json", "tokenizer.json")):
@@ -191,9 +189,8 @@ def read_docs(config, tokenizer, dropped):
     what = f"--text={','.join(names)} --text_share={given}: expected each once, shares over 0"
     with explain(what, ValueError):
         shares = [float(number) for number in given.split(",")] if given else [1] * len(names)
-    share = dict(zip(names, shares))
-    fits = len(share) == len(names) == len(shares) and all(names)
-    if not fits or not all(0 < number < np.inf for number in shares):
+        share = dict(zip(names, shares, strict=True))
+    if len(share) < len(names) or "" in share or not all(0 < y < np.inf for y in shares):
         fail(what)
     sources = {name: read_source(name, config, tokenizer, dropped) for name in names}
     taken = dict.fromkeys(names, 0)
@@ -285,8 +282,8 @@ class Harvest:
         self.config = config | dict(seq_len=seq_len)
         of_models = base.get_memory_footprint() + finetuned.get_memory_footprint()
         row = 4 * base.config.get_text_config().hidden_size  # float16 of both
-        sizes = np.array([of_models, 2 * row * config["shuffle_rows"], row * 10**6]) / 1e9
-        print("{:.2f} GB models, {:.2f} GB shard, {:.2f} GB per million rows".format(*sizes))
+        sizes = np.array([of_models, 2 * row * config["shuffle_rows"], row * 1e6]) / 1e9
+        print(f"GB of the models, of a shard, of a million rows of the store: {sizes.round(2)}")
 
         ids_of_base = tokenizer_of_base.get_vocab()
         ids = self.tokenizer.get_vocab()
@@ -425,18 +422,10 @@ def write_json(value, path):
 
 
 def write_shard(building, name, tables):
-    """
-    Writes the tables {folder: {column: values}} into files of that name in folders of the store or,
-    to leave room, none of them if one fails.
-    """
-    try:
-        for folder, table in tables.items():
-            (building / folder).mkdir(exist_ok=True)
-            write_atomically(building / folder / name, partial(write_arrow, pa.table(table)))
-    except BaseException:  # that of Ctrl-C too
-        for folder in tables:
-            (building / folder / name).unlink(missing_ok=True)
-        raise
+    """Writes tables {folder: {column: values}} into files of that name in the store's folders."""
+    for folder, table in tables.items():
+        (building / folder).mkdir(exist_ok=True)
+        write_atomically(building / folder / name, partial(write_arrow, pa.table(table)))
 
 
 def list_files(folder):

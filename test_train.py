@@ -1409,9 +1409,7 @@ def test_texts_of_special_tokens_alone_may_come_first_and_empty_chats_are_counte
     assert set(load_from_disk("acts/base")["token"]) == {4, 5, 6}
 
 
-def test_a_full_disk_leaves_a_store_of_the_shards_before_and_room(
-    pairs, stores, capsys, monkeypatch
-):
+def test_a_full_disk_leaves_a_store_of_the_shards_before(pairs, stores, capsys, monkeypatch):
     config = collect_config(pairs["llama"][0])
     real = collect.write_arrow
 
@@ -1428,7 +1426,6 @@ def test_a_full_disk_leaves_a_store_of_the_shards_before_and_room(
     assert "No space left" in capsys.readouterr().err
     store = train.Store(store_config(data="acts.building"))
     assert len(store.doc) == store.meta["tokens"]
-    assert len(list(Path().glob("acts.building/*/*.arrow"))) == 6
     collect.collect(config)
     assert_same_store("acts", stores["llama"])
 
