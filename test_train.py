@@ -3011,6 +3011,7 @@ def test_two_processes_share_the_rows_of_a_batch_of_one(runs):
     assert found == sorted(map(tuple, whole.flatten(1).tolist()))
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_resumed_by_one():
     options = ["--steps=20", "--save_every=10", "--val_tokens=64", "--out_dir=out"]
     shown = torchrun(2, HERE / "train.py", *SMALL, *options)
