@@ -383,9 +383,8 @@ class Stream:
                 self.texts_read += len(shard)
                 rows, _ = self.harvest.run(shard[rank::n_processes])
                 yield rows["x"]
-            if (
-                self.texts_read - self.first < n_processes
-            ):  # some process would wait for rows for ever
+            # With fewer texts than processes some process would wait for rows for ever.
+            if self.texts_read - self.first < n_processes:
                 fail(f"--text={self.config['text']}: too few texts for {n_processes} processes")
             print(f"all {self.texts_read} texts are read: they come again", file=sys.stderr)
             self.texts_read = self.first

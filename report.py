@@ -174,7 +174,7 @@ def load_models(data, device):
     return [Hooked(model, str(hooks[key])) for model, key in zip(models, data.names)]
 
 
-def read_texts(data, models, rows, n_texts=1):
+def read_texts(data, models, rows, n_texts):
     """
     Yields of the first n_texts docs of those rows: ids [1, position]; `kept`, the positions [n] of
     which the store has rows; and activations x [position, model, d_model].
@@ -184,8 +184,9 @@ def read_texts(data, models, rows, n_texts=1):
         stored = data.read(of_doc).float()
         ids = torch.tensor([data.docs[doc]], device=models[0].model.device)
         kept = ids.new_tensor(data.pos[of_doc])
+        x = [model.read(ids) for model in models]
         with explain(f"{data.path}: its models, at its hooks, do not give its rows"):
-            x = torch.stack([model.read(ids) for model in models], dim=1)
+            x = torch.stack(x, dim=1)
             difference = (x[kept].cpu() - stored).norm() / stored.norm()
             if difference > 0.1:
                 raise ValueError(f"they are off by {difference:.0%}")
@@ -521,8 +522,8 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     if splice:
         models = load_models(data, frequency.device)
         order = "nats_per_token"
-        found = attribution(model, data, models, -(-n_texts // 2))
-        table.insert(0, order, found[table.index])
+        effect = attribution(model, data, models, -(-n_texts // 2))
+        table.insert(0, order, effect[table.index])
     table = table.sort_values(order, ascending=False, kind="stable")
     to_csv = partial(table.to_csv, index_label="latent")
     train.write_atomically(out / "latents.csv", to_csv)
