@@ -206,26 +206,26 @@ def test_losses_of_one_token_by_hand():
     assert losses["loss"].item() == pytest.approx(9.25 + 10 * 3, rel=1e-15)
 
 
-def test_the_transposed_product_is_the_sum_of_those_of_dense_codes():
-    codes, values, denses = [], [], []
-    expected = torch.zeros(30, 7)
-    for n in (2, 90, 0):
-        at = torch.randperm(20 * 30)[:n].sort().values
-        codes.append(train.Entries(at // 30, at % 30, torch.zeros(n)))
-        values.append(torch.rand(n))
-        denses.append(torch.randn(20, 7))
-        code = torch.zeros(20, 30).index_put((at // 30, at % 30), values[-1])
-        expected += code.T @ denses[-1]
-    torch.testing.assert_close(train.transposed_product(codes, values, denses, 30), expected)
+@pytest.mark.parametrize("n", [0, 2, 90])
+def test_a_code_times_a_matrix_and_its_gradients_equal_those_of_the_dense_code(n):
+    at = torch.randperm(20 * 30)[:n].sort().values
+    values = torch.rand(n, requires_grad=True)
+    W = torch.randn(30, 7, requires_grad=True)
+    code = torch.zeros(20, 30).index_put((at // 30, at % 30), values)
+    found = train.product(at // 30, at % 30, values, W, 20)
+    torch.testing.assert_close(found, code @ W)
+    weight = torch.randn(20, 7)
+    grads = [torch.autograd.grad((y * weight).sum(), (values, W)) for y in (found, code @ W)]
+    torch.testing.assert_close(*grads)
 
 
 def chosen(model, x):
     """The f [batch, d_hidden] that the fast way chooses, from its threshold on."""
     nothing = torch.zeros(0, dtype=torch.long)
-    (active,) = model.choose(
+    active, revived = model.choose(
         model.scaled(x).flatten(1), model.W_enc.flatten(1), model.decoder_norm(), nothing, 5
     )
-    assert (active.pre > 0).all()
+    assert (active.pre > 0).all() and not len(revived.pre)
     f = torch.zeros(len(x), len(model.b_enc))
     return f.index_put((active.row, active.latent), active.pre)
 
@@ -245,13 +245,13 @@ def test_batchtopk_keeps_the_largest_of_the_batch_whatever_threshold_it_looks_fr
 @pytest.mark.parametrize("variant", ["topk", "batchtopk"])
 def test_the_choice_is_the_same_over_several_blocks_of_memory(variant):
     model = crosscoder(variant, d_hidden=20_000, k=3).float()
-    x = torch.randn(700, 2, 8)  # 525 rows of pre-activations are 40 MB, a block
+    x = torch.randn(2500, 2, 8)  # 1024 rows are a block
     pre, f = plain_latents(model.eval(), model.scaled(x))
     score = F.relu(pre) * model.decoder_norm()
     if variant == "batchtopk":
-        f = F.relu(pre) * (score >= score.flatten().topk(3 * 700).values[-1])
+        f = F.relu(pre) * (score >= score.flatten().topk(3 * 2500).values[-1])
     found = chosen(model.train(), x)
-    assert (found > 0).sum() == 3 * 700
+    assert (found > 0).sum() == 3 * 2500
     torch.testing.assert_close(found, f)
 
 

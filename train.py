@@ -520,17 +520,16 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         bound = 0.9999 * cut / norm  # in terms of the pre-activation; a hair low, for rounding
         active, revived = [], []
         first = 0
-        # Blocks of 40 MB: [batch, d_hidden] is never whole, and looked at while it is in the cache.
-        for block in x.split(1 + 10 * 2**20 // len(norm)):
-            for pre in F.linear(block, W_enc, self.b_enc).split(128):
-                is_active = pre > bound
-                if self.variant == "topk":
-                    is_active = among_largest(pre * norm, self.k)
-                row, latent = is_active.nonzero(as_tuple=True)
-                active.append((first + row, latent, pre[row, latent]))
-                row, i = among_largest(pre[:, dead], k_aux).nonzero(as_tuple=True)
-                revived.append((first + row, dead[i], pre[row, dead[i]]))
-                first += len(pre)
+        for block in x.split(1024):  # [batch, d_hidden] is never whole
+            pre = F.linear(block, W_enc, self.b_enc)
+            is_active = pre > bound
+            if self.variant == "topk":
+                is_active = among_largest(pre * norm, self.k)
+            row, latent = is_active.nonzero(as_tuple=True)
+            active.append((first + row, latent, pre[row, latent]))
+            row, i = among_largest(pre[:, dead], k_aux).nonzero(as_tuple=True)
+            revived.append((first + row, dead[i], pre[row, dead[i]]))
+            first += len(pre)
         row, latent, pre = map(torch.cat, zip(*active))
         score = pre * norm[latent]
         if is_searching:
@@ -539,10 +538,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
                 return self.choose(x, W_enc, norm, dead, k_aux, look_over=0)
             cut = least
         keep = (score >= cut) & (pre > 0)
-        codes = [Entries(row[keep], latent[keep], pre[keep])]
-        if len(dead):
-            codes.append(Entries(*map(torch.cat, zip(*revived))))
-        return codes
+        revived = Entries(*map(torch.cat, zip(*revived)))
+        return Entries(row[keep], latent[keep], pre[keep]), revived
 
     def losses(self, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead_after=torch.inf):
         """
@@ -559,19 +556,20 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         is_dead = self.since_fired > dead_after
         dead = (is_dead & (aux_coeff > 0)).nonzero().flatten()
         norm = self.decoder_norm()
-        codes = self.choose(y, W_enc, norm, dead, k_aux)
-        latent = codes[0].latent
+        active, revived = self.choose(y, W_enc, norm, dead, k_aux)
+        latent = active.latent
 
-        pre = EncodeAt.apply(y, W_enc, self.b_enc, codes)
-        f = self.activate(pre[0], latent)
-        decoded = DecodeAt.apply(W_dec, len(x), codes, f, *pre[1:])
-        error = decoded[0] + self.b_dec.flatten() - y
+        pre, pre_dead = EncodeAt.apply(y, W_enc, self.b_enc, active, revived)
+        f = self.activate(pre, latent)
+        x_hat = product(active.row, latent, f, W_dec, len(x))
+        error = x_hat + self.b_dec.flatten() - y
         l2_loss = mean_square(error)
         score = f * norm[latent]
         l1_loss = score.sum() / len(x)
         aux_loss = torch.zeros_like(l2_loss)
         if len(dead):  # by pre-activations, so that it reaches those that are negative everywhere
-            aux_loss = mean_square(error.detach() + decoded[1]) * min(len(dead) / k_aux, 1)
+            e_hat = product(revived.row, revived.latent, pre_dead, W_dec, len(x))
+            aux_loss = mean_square(error.detach() + e_hat) * min(len(dead) / k_aux, 1)
         loss = l2_loss + aux_coeff * aux_loss
         if self.variant == "vanilla":
             loss = loss + l1_coeff * l1_loss
@@ -593,65 +591,32 @@ class Entries(NamedTuple):
     pre: torch.Tensor
 
 
-def bag(index, dense, bag_of, n_bags, values):
-    """Sums [n_bags, d] of values * dense[index]; bag_of, sorted, says in which one each belongs."""
-    starts = torch.searchsorted(bag_of, torch.arange(n_bags, device=dense.device))
-    return F.embedding_bag(index, dense, starts, per_sample_weights=values, mode="sum")
-
-
-def transposed_product(codes, values, denses, d_hidden):
-    """
-    The sum over the codes of code.T @ dense, [d_hidden, d]: of dense [batch, d] and the code
-    [batch, d_hidden] that has values [n] at its Entries.
-    """
-    row = torch.cat([entries.row + i * len(denses[0]) for i, entries in enumerate(codes)])
-    latent = torch.cat([entries.latent for entries in codes])
-    order = latent.int().argsort(stable=True)
-    values = torch.cat(values)[order]
-    return bag(row[order], torch.cat(denses), latent[order], d_hidden, values)
+def product(row, latent, f, W, n_rows):
+    """f @ W [n_rows, d]: of f [n_rows, d_hidden] the values [n] at those entries, sorted by row."""
+    starts = torch.searchsorted(row, torch.arange(n_rows, device=W.device))
+    return F.embedding_bag(latent, W, starts, per_sample_weights=f, mode="sum")
 
 
 class EncodeAt(torch.autograd.Function):
     """
-    For each of several Entries the pre-activations [n] that `choose` found, as x @ W_enc.T + b_enc
+    The pre-activations [n] that `choose` found at the Entries of two codes, as x @ W_enc.T + b_enc
     of x [batch, d], W_enc [d_hidden, d] and b_enc [d_hidden]. x gets no gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, codes):
-        ctx.codes = codes
-        ctx.save_for_backward(x, b_enc)
-        return tuple(entries.pre.clone() for entries in codes)
+    def forward(ctx, x, W_enc, b_enc, active, revived):
+        row = torch.cat([active.row, revived.row])
+        latent = torch.cat([active.latent, revived.latent])
+        ctx.save_for_backward(x, b_enc, row, latent)
+        return active.pre.clone(), revived.pre.clone()
 
     @staticmethod
     def backward(ctx, *grads):
-        x, b_enc = ctx.saved_tensors
-        grad_W = transposed_product(ctx.codes, grads, [x] * len(grads), len(b_enc))
-        latent = torch.cat([entries.latent for entries in ctx.codes])
-        return None, grad_W, latent.bincount(torch.cat(grads), len(b_enc)), None
-
-
-class DecodeAt(torch.autograd.Function):
-    """f @ W_dec [batch, d], for each f [batch, d_hidden] that has values [n] at its Entries."""
-
-    @staticmethod
-    def forward(ctx, W_dec, batch, codes, *values):
-        ctx.codes = codes
-        ctx.save_for_backward(W_dec, *values)
-        found = []
-        for entries, f in zip(codes, values):
-            found.append(bag(entries.latent, W_dec, entries.row, batch, f))
-        return tuple(found)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        W_dec, *values = ctx.saved_tensors
-        # <grad, f @ W_dec> = <f.T @ grad, W_dec>: that is a way to the gradients of the values
-        with torch.enable_grad():
-            values = [f.detach().requires_grad_() for f in values]
-            grad_W = transposed_product(ctx.codes, values, grads, len(W_dec))
-        grad_values = torch.autograd.grad(grad_W, values, W_dec)
-        return grad_W.detach(), None, None, *grad_values
+        x, b_enc, row, latent = ctx.saved_tensors
+        grad = torch.cat(grads)
+        order = latent.int().argsort(stable=True)
+        grad_W = product(latent[order], row[order], grad[order], x, len(b_enc))
+        return None, grad_W, latent.bincount(grad, len(b_enc)), None, None
 
 
 # --- Measures -------------------------------------------------------------------------------------
