@@ -1001,8 +1001,8 @@ def test_no_command_line_gives_a_traceback_or_another_config_than_it_says(argv):
     except SystemExit as end:
         assert end.code in (0, 2)
         return
-    texts = dict(argument[2:].split("=", 1) for argument in argv)  # the last one of a key counts
-    assert all(argument.startswith("--") for argument in argv)
+    given_as = re.compile("(?:--)?([^=]*)=?(.*)", re.DOTALL)
+    texts = dict(given_as.fullmatch(argument).groups() for argument in argv)  # the last one counts
     for key, value in given.items():
         assert type(value) is type(train.config[key])
         if key not in texts:

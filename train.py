@@ -82,9 +82,12 @@ config = dict(
     device="auto",  # auto (cuda if there is one), cpu or cuda
     seed=0,  # of the first weights, the order of the rows and the toy
 )
-# What a value must be in; a number without an entry is from 0, or from its default if that is less.
+# What a value must be in, beside being of its default's type.
+at_least_0 = pd.Interval(0, 1e15, closed="left")
 at_least_1 = pd.Interval(1, 1e15, closed="left")
-allowed = dict.fromkeys(["steps", "d_hidden", "k", "k_aux", "log_every"], at_least_1)
+sizes = ["save_every", "eval_every", "l1_coeff", "dead_after", "lr", "grad_clip", "seed"]
+allowed = dict.fromkeys(sizes, at_least_0)
+allowed |= dict.fromkeys(["steps", "d_hidden", "k", "k_aux", "log_every"], at_least_1)
 allowed["batch_size"] = pd.Interval(2, 1e9, closed="left")
 allowed["val_tokens"] = pd.Interval(0, 1e7, closed="left")
 allowed["variant"] = ["vanilla", "topk", "batchtopk"]
@@ -115,14 +118,7 @@ def read_command_line(argv, file):
     if "--help" in argv:
         print(Path(file).read_text(encoding="utf-8").partition("\n)\n")[0])
         raise SystemExit(0)
-    texts = {}
-    for argument in argv:
-        key, equals, text = argument.partition("=")
-        if key.startswith("--") and equals:
-            texts[key[2:]] = text
-        else:
-            texts[argument] = None  # no key has this value: `checked` says so
-    return texts
+    return dict(argument.removeprefix("--").partition("=")[::2] for argument in argv)
 
 
 def checked(values, defaults, allowed):
@@ -136,8 +132,9 @@ def checked(values, defaults, allowed):
             near = difflib.get_close_matches(key.strip("-"), defaults, 1, 0)[0]
             fail(f"{key}: expected --key=value, the nearest key is --{near}")
         kind = type(defaults[key])
-        if kind is not str and isinstance(value, str):
-            with contextlib.suppress(Exception):  # of many kinds; it stays a text then
+        what = f"--{key}={value}: expected {kind.__name__} {allowed.get(key, '')}"
+        with explain(what):
+            if kind is not str and isinstance(value, str):
                 value = ast.literal_eval(value)
         if kind in (int, float):
             usual = pd.Interval(min(0, defaults[key]), 1e15, closed="left")
