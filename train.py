@@ -136,17 +136,11 @@ def checked(values, defaults, allowed):
         with explain(what):
             if kind is not str and isinstance(value, str):
                 value = ast.literal_eval(value)
-        if kind in (int, float):
-            usual = pd.Interval(min(0, defaults[key]), 1e15, closed="left")
-            expected = allowed.get(key, usual)
-            good = type(value) in (int, float) and value in expected and kind(value) == value
-        else:
-            usual = [value] if kind is str else [False, True]
-            expected = allowed.get(key, usual)
-            good = type(value) is kind and value in expected
-        if not good:
-            fail(f"--{key}={value}: expected {kind.__name__} in {expected}")
-        settings[key] = kind(value)  # 1e6 is an integer, too
+            settings[key] = kind(value)  # 1e6 is an integer, too
+            is_allowed = key not in allowed or value in allowed[key]
+        is_kind = settings[key] == value and isinstance(value, bool) == (kind is bool)
+        if not is_kind or not is_allowed:
+            fail(what)
     return settings
 
 
@@ -264,13 +258,14 @@ class Store:
                 load_from_disk(self.path / name).with_format("arrow") for name in self.names
             ]
             indices = [self.index(dataset.data) for dataset in self.stored]
-            for other in indices[1:]:
-                for name in other.keys() & indices[0]:
-                    np.testing.assert_array_equal(indices[0][name], other[name], name)
-            (self.d_model,) = indices[0]["length of activation"].unique().to_pylist()
+            of_a = indices[0]
+            for of_b in indices[1:]:
+                for name in of_a.keys() & of_b:
+                    np.testing.assert_array_equal(of_a[name], of_b[name], name)
+            (self.d_model,) = of_a["length of activation"].unique().to_pylist()
             self.doc = np.arange(len(self.stored[0]))  # each row as if it were a text
             if (self.path / "meta.json").exists():
-                self.read_meta(indices[0])
+                self.read_meta(of_a)
         last_of_doc = np.bincount(self.doc).cumsum()
         later = len(self.doc) - last_of_doc[self.doc]  # how many rows are of later docs
         is_held_out = later < config["val_tokens"]
@@ -404,9 +399,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         return F.relu(pre)
 
     def _save_pretrained(self, folder):
-        write_atomically(
-            folder / "model.safetensors", lambda part: save_file(self.state_dict(), part)
-        )
+        path = folder / "model.safetensors"
+        write_atomically(path, lambda part: save_file(self.state_dict(), part))
 
     @torch.no_grad()
     def start_at(self, x):
@@ -424,9 +418,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             fail("nothing to explain: rows alike, too large, or the models do not differ here")
         self.b_dec.copy_(reduce(y.mean(0)))  # so that few latents die
         self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
-        if self.variant == "batchtopk":
-            score = self.encode(x[:32]) * self.decoder_norm()
-            self.threshold.copy_(self.batch_cut(score, len(score)))  # near it `choose` looks first
+        self(x[:32])  # for a threshold: near it `choose` looks first
+        self.since_fired.zero_()
 
     def scaled(self, x):
         """Raw activations [batch, n_models, d_model] -> those that the parameters are of."""
@@ -505,10 +498,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
     @torch.no_grad()
     def choose(self, x, W_enc, norm, dead, k_aux, look_over=0.9):
         """
-        Returns [active], or [active, revived] if any latents are `dead`: the Entries that are
-        active for scaled x [batch, n_models * d_model] by W_enc [d_hidden, n_models * d_model], and
-        those of the k_aux largest pre-activations of dead latents in each row. Batchtopk looks at
-        scores over 0.9 of its threshold, and again at all of them if the cut turns out lower.
+        Two codes: the Entries that are active for scaled x [batch, n_models * d_model] by W_enc
+        [d_hidden, n_models * d_model], and those of the k_aux largest pre-activations of the `dead`
+        latents in each row. Batchtopk looks at scores over 0.9 of its threshold, and again at all
+        of them if the cut turns out lower.
         """
         is_searching = self.variant == "batchtopk" and self.training
         cut = self.threshold  # 0 in other variants
@@ -625,10 +618,9 @@ def sums(losses):
     rows = losses["loss"].new_tensor(len(losses["x"]), dtype=torch.double)
     numbers = {name: torch.as_tensor(y) for name, y in losses.items()}
     found = {name: rows * y for name, y in numbers.items() if y.dim() == 0}
-    found |= dict(rows=rows, fired=losses["fired"].double(), x=losses["x"].double().sum(0))
-    for name in ("x", "error"):
-        y = losses[name].double()
-        found[f"{name}_square"] = einsum(y, y, "row i d, row j d -> i j")
+    y = torch.stack([losses["x"], losses["error"]]).double()
+    found |= dict(rows=rows, fired=losses["fired"].double(), x=y[0].sum(0))
+    found["squares"] = einsum(y, y, "which row i d, which row j d -> which i j")
     return found
 
 
@@ -642,15 +634,13 @@ def metrics(model, parts):
     n = total.pop("rows")
     frequency = total.pop("fired") / n
     x = total.pop("x")
-    variance = total.pop("x_square") - x @ x.T / n
-    error = total.pop("error_square")
+    square, error = total.pop("squares")
+    variance = square - x @ x.T / n
     row = {name: (y / n).item() for name, y in total.items()}
     row["explained_variance"] = (1 - error.trace() / variance.trace()).item()
-    models = (
-        model.mix.double().inverse()
-    )  # row m: model m as a sum of what error and variance are of
-    views = dict(zip("ABCDEFGH", models))
-    views["difference"] = models[-1] - models[0]
+    # row m: model m as a sum of what error and variance are of
+    models = model.mix.double().inverse()
+    views = dict(zip("ABCDEFGH", models), difference=models[-1] - models[0])
     for name, view in views.items():
         of_view = view @ variance @ view
         if of_view > 0:
@@ -733,8 +723,8 @@ def read_checkpoint(out):
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, most in dict(step=state["config"]["steps"], texts_read=10**12).items():
-            if type(state[name]) is not int or not 0 <= state[name] <= most:
+        for name in ("step", "texts_read"):
+            if type(state[name]) is not int or not 0 <= state[name] < 10**12:
                 raise ValueError(f"{name} is {state[name]}")
         for name, y in state["model"].items():
             if not y.isfinite().all():
@@ -807,8 +797,7 @@ def train(config, state=None):
             model.mix.inverse()
             if type(optimizer).__name__ == "Adam":  # its fused step would not look
                 for p, of_p in optimizer.state.items():
-                    if not of_p["exp_avg"].shape == of_p["exp_avg_sq"].shape == p.shape:
-                        raise ValueError("a moment has another shape than its parameter")
+                    assert of_p["exp_avg"].shape == of_p["exp_avg_sq"].shape == p.shape
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
         for _ in range(state["step"]):  # a scheduler of any kind gets there so
             scheduler.step()
