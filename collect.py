@@ -355,8 +355,6 @@ class Stream:
     """Data of train.py without a disk: the rows of a Harvest, shuffled in memory."""
 
     n_models = 2
-    docs = None
-    meta = {}
 
     def __init__(self, config, texts_read=0):
         """
@@ -394,8 +392,7 @@ class Stream:
         while len(self.rows) < n + self.config["shuffle_rows"] // 2:
             rows = torch.cat([self.rows, next(self.shards)])
             self.rows = rows[torch.randperm(len(rows), generator=self.generator)]
-        x = self.rows[:n]
-        self.rows = self.rows[n:]
+        x, self.rows = self.rows.tensor_split([n])
         return x
 
     def batch(self, step):
