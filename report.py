@@ -69,15 +69,15 @@ def compare(model, frequency):
 
 
 @torch.no_grad()
-def latent_scaling(model, batches, latents):
+def latent_scaling(model, batches):
     """
-    nu_r and nu_epsilon of those latents, a list, over batches of raw x, as a DataFrame: by them
-    Minder, Dumas et al. 2025 (arXiv 2504.02922) tell what one model alone has from what training
-    only shrank in the other. beta is the least-squares factor of f * d, d being the decoder vector
-    in the latent's own model, in a model's reconstruction (nu_r), or in its error with the latent's
-    part left in (nu_epsilon); nu is beta of the other model over that of its own.
+    nu_r and nu_epsilon of every latent over batches of raw x, as a DataFrame: by them Minder, Dumas
+    et al. 2025 (arXiv 2504.02922) tell what one model alone has from what training only shrank in
+    the other. beta is the least-squares factor of f * d, d being the decoder vector in the latent's
+    own model, in a model's reconstruction (nu_r), or in its error with the latent's part left in
+    (nu_epsilon); nu is beta of the other model over that of its own.
     """
-    d = model.in_models(model.W_dec)[latents]  # [latent, model, d_model]
+    d = model.in_models(model.W_dec)  # [latent, model, d_model]
     n = torch.arange(len(d))
     own = d.norm(dim=2).argmax(1)
     d_own = d[n, own]
@@ -86,13 +86,12 @@ def latent_scaling(model, batches, latents):
         x = x.to(d)
         f = model.encode(x)
         x_hat = model.decode(f)
-        f = f[:, latents]
         y = torch.stack([x_hat, x - x_hat]) * model.scale[:, None]
         beta += einsum(f, y, d_own, "row latent, nu row model d, latent d -> nu latent model")
         left_in = "row latent, latent model d, latent d -> latent model"
         beta[1] += einsum(f.square(), d, d_own, left_in)
     nu = beta[:, n, 1 - own] / beta[:, n, own]
-    return pd.DataFrame(nu.T.cpu().numpy(), latents, ["nu_r", "nu_epsilon"])
+    return pd.DataFrame(nu.T.cpu().numpy(), columns=["nu_r", "nu_epsilon"])
 
 
 def toy_score(data, model, table):
@@ -110,7 +109,7 @@ def toy_score(data, model, table):
         is_near = near.all(1).numpy()
         recovers = is_near & (table.kind == kind.removeprefix("turned "))
         recovered[kind] += recovers.any()
-        confirmed[kind] += (is_near & (table.confirmed == True)).any()  # noqa: E712
+        confirmed[kind] += (is_near & table.confirmed).any()
         is_false &= ~recovers
     score = dict(
         planted=Counter(data.kind),
@@ -349,10 +348,6 @@ def verdict(model, table, change, curve):
     for kind in ("shared", "base-only", "fine-tuned-only"):
         kinds += f", {(table.kind == kind).sum():,} {kind}"
     kinds += f", {table.confirmed.sum():,} confirmed"
-    if model.dedicated:
-        is_dedicated = ~model.owned[table.index].flatten(1).all(1)
-        own = table.confirmed[is_dedicated.tolist()]
-        kinds += f"; of {len(own):,} dedicated ones that are alive {own.sum():,} are confirmed"
     return said, kinds
 
 
@@ -501,18 +496,11 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     row, frequency = train.validate(model, data, config["l1_coeff"])
     held_out = torch.cat(list(data.validation())).float()  # [row, model, d_model]
     a, b = held_out.unbind(1)
-    size = (b - a).norm(dim=1).mean()
-    change = (size / a.norm(dim=1).mean()).item()
-    row["relative_difference"] = change
-    table = compare(model, frequency)
-    exclusive = table.kind.str.endswith("only")
-    often = table[table.frequency >= min(20 / len(held_out), 0.01)]
-    leaning = often.relative_norm.sort_values().index
-    is_leaning = table.index.isin(leaning[:50]) | table.index.isin(leaning[-50:])
-    asked = exclusive | is_leaning
-    scaling = latent_scaling(model, held_out.split(1024), table.index[asked])
-    table = table.join(scaling)
-    table["confirmed"] = table.eval("nu_r < 0.5 and nu_epsilon < 0.2").where(asked)
+    size = (b - a).norm(dim=1).mean() / a.norm(dim=1).mean()
+    row["relative_difference"] = size.item()
+    table = compare(model, frequency).join(latent_scaling(model, held_out.split(1024)))
+    least = min(20 / len(held_out), 0.01)  # fewer rows would not tell
+    table["confirmed"] = table.eval(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
 
     # what carries it
     order = "carries"
@@ -539,7 +527,7 @@ def report(model, data, config, rows, splice=False, n_texts=16):
             file.write(json.dumps(named) + "\n")
 
     # the page: the first 20, and the first 40 of those that are one model's alone
-    alone = table.kind.str.endswith("only") | (table.confirmed == True)  # noqa: E712
+    alone = table.kind.str.endswith("only") | table.confirmed
     is_first = np.arange(len(table)) < 20
     is_listed = is_first | (alone & (alone.cumsum() <= 40))
     top = table[is_listed]
