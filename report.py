@@ -303,13 +303,11 @@ def splice_in(crosscoder, data, models, n_texts, maps, directions, sets):
     for ids, kept, x in read_texts(data, models, data.val_rows, n_texts):
         target = models[1].log_p(ids)
         p = target.exp()
-        entropy = -torch.tensordot(p, target)
         sizes.append((len(kept), len(p) - 1, len(p)))
         for name, m, numbers, values in patches(crosscoder, x[kept], maps, directions, sets):
             log_p = models[m].log_p(ids, x[:, m].index_copy(0, kept, values))
             ce = F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").item()
-            cross_entropy = -torch.tensordot(p, log_p)
-            kl = (cross_entropy - entropy).item()
+            kl = torch.tensordot(p, target - log_p).item()
             found.append(dict(name=name, numbers=numbers, ce=ce, kl=kl))
     curve = pd.DataFrame(found).groupby("name", sort=False).sum()
     curve /= np.sum(sizes, axis=0)
@@ -331,9 +329,11 @@ td, th { padding: .2em .6em; text-align: right; vertical-align: top }
 td, th { border-top: 1px solid #8884; white-space: nowrap }"""
 
 
-def verdict(model, table, change, curve):
+def verdict(d_hidden, table, row, curve):
     """Two sentences: how large the change is and what carries it; and of what kinds latents are."""
-    said = f"B - A is {change:.2g} of A" if change > 1e-4 else "the models do not differ here"
+    said = "the models do not differ here"
+    if row["relative_difference"] > 1e-4:
+        said = f"B - A is {row['relative_difference']:.2g} of A"
     if len(curve):
         kl = curve.kl
         said += f"; KL {kl.clean_A:.2g} nats a token, of which this layer "
@@ -344,7 +344,7 @@ def verdict(model, table, change, curve):
             said += f"20 latents {share.chosen_20}, 100 {share.chosen_100}, all {share.chosen_all}"
         else:
             said += "less than 0.01, too little to be shared out"
-    kinds = f"of {len(model.b_enc):,} latents {len(table):,} are alive"
+    kinds = f"of {d_hidden:,} latents {len(table):,} are alive"
     for kind in ("shared", "base-only", "fine-tuned-only"):
         kinds += f", {(table.kind == kind).sum():,} {kind}"
     kinds += f", {table.confirmed.sum():,} confirmed"
@@ -403,14 +403,12 @@ def likelier(data, base, row, added, decode):
     The five next tokens whose probability rises most when `added` [d_model] is added to the base
     model's activation at that row, and by how much.
     """
-    pos = data.pos[row]
-    ids = data.docs[int(data.doc[row])][: pos + 1]
+    ids = data.docs[int(data.doc[row])][: data.pos[row] + 1]
     ids = torch.tensor([ids], device=added.device)
     a = base.read(ids)
-    changed = a.clone()
-    changed[pos] += added
-    before, after = [base.log_p(ids, y)[pos].exp() for y in (a, changed)]
-    rise, token = (after - before).topk(5)
+    before = base.log_p(ids, a)[-1].exp()
+    a[-1] += added
+    rise, token = (base.log_p(ids, a)[-1].exp() - before).topk(5)
     lines = [html.escape(f"{decode([i])!r} {y:+.3f}") for i, y in zip(token.tolist(), rise)]
     return "<br>".join(lines)
 
@@ -466,10 +464,10 @@ def pictures(table, rows, curve, path):
             axes.clear()
             for name in ("chosen", "random", "directions"):
                 line = curve.filter(like=name, axis=0)
-                axes.plot(line.numbers, line.recovered, marker="o", label=name)
+                axes.semilogx(line.numbers, line.recovered, marker="o", label=name)
             for name, line in {"constant": ":", "rank_1": "-.", "map": "--"}.items():
                 axes.axhline(curve.recovered[name], label=name, color="grey", linestyle=line)
-            axes.set(xscale="log", xlabel="numbers per token", title="change recovered")
+            axes.set(xlabel="numbers per token", title="change recovered")
             axes.legend(loc="lower right")
         training.plot(x="step", y=names, subplots=True, ax=below)
         figure.savefig(path, transparent=True, metadata=dict(Date=None))
@@ -513,8 +511,7 @@ def report(model, data, config, rows, splice=False, n_texts=16):
         effect = attribution(model, data, models, -(-n_texts // 2))
         table.insert(0, order, effect[table.index])
     table = table.sort_values(order, ascending=False, kind="stable")
-    to_csv = partial(table.to_csv, index_label="latent")
-    train.write_atomically(out / "latents.csv", to_csv)
+    train.write_atomically(out / "latents.csv", partial(table.to_csv, index_label="latent"))
     if splice:
         maps, directions, row["map_r2"] = fit_yardsticks(model, data, held_out)
         curve = splice_in(model, data, models, n_texts, maps, directions, sets_of(table.index))
@@ -534,8 +531,9 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     if docs:
         top = described(model, data, held_out, top, models, maps)
     top = top.dropna(axis=1, how="all").reset_index(names="latent")
-    said, kinds = verdict(model, table, change, curve)
-    run = pd.Series(getattr(data, "meta", {}) | config | row).drop("resume")
+    said, kinds = verdict(len(frequency), table, row, curve)
+    run = pd.Series(getattr(data, "meta", {}) | config | row)
+    run = run.drop(["resume", "trust_remote_code"], errors="ignore")
     svg = pictures(table, rows, curve, out / "report.svg")
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.4g}".format):
         page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
@@ -553,20 +551,14 @@ def report(model, data, config, rows, splice=False, n_texts=16):
 def main(argv):
     options = train.checked(train.read_command_line(argv, __file__), config, allowed)
     run = options["run"]
-    if not run:
-        fail("--run is missing: expected the folder of a run")
     device = train.set_up(options["device"])
     state = train.read_checkpoint(run)
-    of_run = train.config | state["config"]
-    of_run |= dict(out_dir=run, steps=state["step"])
-    if "trust_remote_code" in of_run:
-        of_run["trust_remote_code"] = False  # only a command line switches that on
-    with explain(f"--run={run}: its weights are not there, or not whole"):
-        model = train.CrossCoder.from_pretrained(run).to(device)
-        model.load_state_dict(state["model"])  # of the same step as its rows
+    of_run = train.config | state["config"] | dict(out_dir=run, steps=state["step"])
+    of_run["trust_remote_code"] = False  # only a command line switches that on
     data = train.open_data(of_run)
-    if model.b_dec.shape[1] != data.d_model:
-        fail(f"--run={run}: its data is of another d_model than its weights")
+    with explain(f"--run={run}: its weights are not of its config and data"):
+        model = train.new_model(of_run, data).to(device)
+        model.load_state_dict(state["model"])
     return report(model, data, of_run, state["rows"], options["splice"], options["n_texts"])
 
 

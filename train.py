@@ -616,8 +616,7 @@ class EncodeAt(torch.autograd.Function):
 def sums(losses):
     """What `metrics` needs of model.losses(x): sums over rows, which add up over batches."""
     rows = losses["loss"].new_tensor(len(losses["x"]), dtype=torch.double)
-    numbers = {name: torch.as_tensor(y) for name, y in losses.items()}
-    found = {name: rows * y for name, y in numbers.items() if y.dim() == 0}
+    found = {name: rows * y for name, y in losses.items() if np.ndim(y) == 0}
     y = torch.stack([losses["x"], losses["error"]]).double()
     found |= dict(rows=rows, fired=losses["fired"].double(), x=y[0].sum(0))
     found["squares"] = einsum(y, y, "which row i d, which row j d -> which i j")
@@ -716,10 +715,16 @@ def open_data(config, texts_read=0):
     return kinds.get(config["data"], Store)(config)
 
 
+def new_model(config, data):
+    """The CrossCoder of that config for that data."""
+    options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis", "dedicated")}
+    return CrossCoder(data.n_models, data.d_model, **options)
+
+
 def read_checkpoint(out):
     """The state of the run in the folder `out`, as `train` saves it. Runs no code that is in it."""
     path = Path(out) / "checkpoint.pt"
-    with explain(f"--out_dir={out}: its checkpoint.pt is no checkpoint, or not whole"):
+    with explain(f"--out_dir or --run is {out}: its checkpoint.pt is no checkpoint, or not whole"):
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -782,8 +787,7 @@ def train(config, state=None):
     # data, model, optimiser
     torch.manual_seed(config["seed"])
     data = open_data(config, state["texts_read"])
-    options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis", "dedicated")}
-    model = CrossCoder(data.n_models, data.d_model, **options).to(device)
+    model = new_model(config, data).to(device)
     betas = (config["beta1"], config["beta2"])
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps))
