@@ -2403,7 +2403,9 @@ def test_texts_that_cannot_be_meant_get_one_line(pairs, capsys, given, said):
 
 def test_a_device_map_gives_the_same_rows(pairs, stores):
     folder, _ = pairs["llama"]
-    for i, device_map in enumerate(["cpu", "auto"]):
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "lm_head"]
+    uneven = dict.fromkeys(parts, "cpu") | {f"model.layers.{i}": "disk" for i in (1, 2)}
+    for i, device_map in enumerate(["cpu", "auto", uneven]):
         collect.collect(collect_config(folder, device_map=device_map, out_dir=f"acts{i}"))
         assert_same_store(f"acts{i}", stores["llama"])
 
