@@ -2596,6 +2596,14 @@ def test_a_second_ctrl_c_stops_at_once():
         signal.signal(signal.SIGINT, handler)
 
 
+def test_a_run_that_is_stopped_while_it_imports_ends_without_a_traceback():
+    process = script("train.py", "--steps=5", "--out_dir=out")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, said = ended(process, -signal.SIGINT)
+    assert not said and not Path("out").exists()
+
+
 LONG = [*SMALL, "--steps=3000", "--save_every=7", "--log_every=25", "--eval_every=50"]
 LONG += ["--val_tokens=64"]
 

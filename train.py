@@ -32,6 +32,8 @@ from typing import NamedTuple
 
 # Huge pages save a tenth of a step. Torch reads this once, when it is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of what is imported
 
 import numpy as np
 import pandas as pd
