@@ -303,6 +303,26 @@ def test_the_fast_way_of_inference_loses_nothing_that_is_just_over_the_threshold
         assert (chosen(model, x) > 0).sum() == (model.encode(x) > 0).sum() == n
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_users_activation_is_chosen_alike_by_encode_and_losses_in_both_modes(variant):
+    class Squared(train.CrossCoder):
+        def activate(self, pre, latent=...):
+            return F.relu(pre) ** 2
+
+    x = torch.randn(256, 2, 8)
+    model = Squared(2, 8, 64, variant, 4)
+    model.start_at(x)
+    model.W_dec.data *= 3 * torch.rand(64, 1, 1)
+    for training in (True, False):
+        model.train(training)
+        for _ in range(30):
+            losses = model.losses(x)
+        f = model.encode(x)
+        assert torch.equal(losses["fired"], (f > 0).sum(0))
+        error = model.scaled(model.decode(f)) - losses["x"]
+        torch.testing.assert_close(losses["error"], error, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("call", ["losses", "forward"])
 def test_threshold_starts_at_the_first_smallest_score_and_moves_slowly_to_later_ones(call):
     model = crosscoder("batchtopk")

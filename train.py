@@ -394,9 +394,9 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def activate(self, pre, latent=...):
         """
-        f of pre-activations [batch, d_hidden], or of some [n] that are of the latents `latent` [n],
-        by which to index a parameter of the latents. It must be 0 where they are not over 0; topk
-        and batchtopk choose as if it were ReLU.
+        f of the pre-activations `pre` [batch, d_hidden], or of some [n] that are of the latents
+        `latent` [n], by which to index a parameter of the latents. f and its gradient must be 0
+        where pre <= 0. Whatever f is, topk and batchtopk choose by pre.
         """
         return F.relu(pre)
 
@@ -420,7 +420,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
             fail("nothing to explain: rows alike, too large, or the models do not differ here")
         self.b_dec.copy_(reduce(y.mean(0)))  # so that few latents die
         self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
-        self(x[:32])  # for a threshold: near it `choose` looks first
+        self.encode(x[:32])  # for a threshold: near it `choose` looks first
         self.since_fired.zero_()
 
     def scaled(self, x):
@@ -451,17 +451,25 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         return every.topk(n, sorted=False).values.min()
 
     def encode(self, x):
-        """Raw activations [batch, n_models, d_model] -> latent activations f [batch, d_hidden]."""
+        """
+        Raw activations [batch, n_models, d_model] -> latent activations f [batch, d_hidden]. In
+        training mode it moves on what `track` says.
+        """
         x = self.scaled(x)
         W_enc = self.own(self.W_enc)
         pre = einsum(x, W_enc, "batch model d, latent model d -> batch latent") + self.b_enc
         f = self.activate(pre)
-        score = (f * self.decoder_norm()).detach()
+        score = (F.relu(pre) * self.decoder_norm()).detach()
+        is_active = score >= self.threshold  # which is 0 in other variants
         if self.variant == "topk":
-            return f * among_largest(score, self.k)
-        if self.variant == "batchtopk" and self.training:
-            return f * (score >= self.batch_cut(score, len(x)))
-        return f * (score >= self.threshold)  # 0 in other variants
+            is_active = among_largest(score, self.k)
+        elif self.variant == "batchtopk" and self.training:
+            is_active = score >= self.batch_cut(score, len(x))
+        f = f * is_active
+        if self.training:
+            row, latent = f.nonzero(as_tuple=True)
+            self.track(score[row, latent], latent, len(x))
+        return f
 
     def decode(self, f):
         """f [batch, d_hidden] -> raw activations [batch, n_models, d_model]."""
@@ -471,20 +479,15 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, x):
         """Raw activations -> reconstructed ones, [batch, n_models, d_model]."""
-        f = self.encode(x)
-        if self.training:
-            score = f * self.decoder_norm()
-            row, latent = score.nonzero(as_tuple=True)
-            self.track(score[row, latent], latent, len(x))
-        return self.decode(f)
+        return self.decode(self.encode(x))
 
     @torch.no_grad()
     def track(self, score, latent, batch):
         """
-        Moves on what training moves, as BatchNorm does, by a batch's scores > 0, f * decoder norm,
-        [n] and their latents [n]: threshold [], a running mean of the least score, which one must
-        reach in batchtopk's eval mode, so that a token's code does not depend on its batch; and
-        since_fired [d_hidden], the tokens since each latent fired.
+        Moves on what training moves, as BatchNorm does, by the scores, pre-activation * decoder
+        norm, of what fires in a batch [n] and the latents that do [n]: threshold [], a running mean
+        of the least score, which one must reach in batchtopk's eval mode, so that a token's code
+        does not depend on its batch; and since_fired [d_hidden], the tokens since each one fired.
         """
         fired = reduce(latent.bincount(minlength=len(self.since_fired)).float())
         self.since_fired += batch * world()[1]
@@ -556,8 +559,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         x_hat = product(active.row, latent, f, W_dec, len(x))
         error = x_hat + self.b_dec.flatten() - y
         l2_loss = mean_square(error)
-        score = f * norm[latent]
-        l1_loss = score.sum() / len(x)
+        l1_loss = (f * norm[latent]).sum() / len(x)
         aux_loss = torch.zeros_like(l2_loss)
         if len(dead):  # by pre-activations, so that it reaches those that are negative everywhere
             e_hat = product(revived.row, revived.latent, pre_dead, W_dec, len(x))
@@ -566,10 +568,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         if self.variant == "vanilla":
             loss = loss + l1_coeff * l1_loss
 
-        fires = score > 0
+        fires = f > 0
         fired = latent[fires].bincount(minlength=len(norm))
         if self.training:
-            self.track(score[fires], latent[fires], len(x))
+            self.track((pre * norm[latent])[fires], latent[fires], len(x))
         losses = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, aux_loss=aux_loss)
         losses |= dict(l0_loss=fired.sum() / len(x), dead_latents=is_dead.sum())
         return losses | dict(x=x, error=error.view_as(x), fired=fired)
