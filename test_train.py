@@ -2154,7 +2154,7 @@ def test_train_alone_in_a_folder_trains_on_the_toy_and_says_that_there_is_no_rep
 @pytest.mark.parametrize("text", [None, "3\n", '{"step": 1}\nnot json\n'])
 def test_a_finished_run_is_reported_again_whatever_became_of_its_metrics(text, capsys):
     reported("--steps=20", "--out_dir=out")
-    path, whole = Path("out/metrics.jsonl"), Path("out/metrics.jsonl").read_text()
+    path = Path("out/metrics.jsonl")
     page = Path("out/report.html").read_text()
     path.write_text(text) if text else path.unlink()
     Path("out/report.html").unlink()
@@ -2162,13 +2162,13 @@ def test_a_finished_run_is_reported_again_whatever_became_of_its_metrics(text, c
     assert Path("out/report.html").read_text() == page
     assert path.read_text() == text if text else not path.exists()
 
-    # and train.py writes them again, and the weights, and names the command
+    # and train.py writes the weights again, leaves the metrics, and names the command
     weights = Path("out/model.safetensors").read_bytes()
     for name in ("model.safetensors", "config.json", "report.html"):
         Path("out", name).unlink()
     capsys.readouterr()
     train.main(["--resume=True", "--out_dir=out"])
-    assert path.read_text() == whole
+    assert path.read_text() == text if text else not path.exists()
     assert Path("out/model.safetensors").read_bytes() == weights
     assert "python report.py --run=out\n" in capsys.readouterr().out
     assert not Path("out/report.html").exists(), "it says how, and does not report itself"
@@ -2178,6 +2178,26 @@ def test_a_finished_run_is_reported_again_whatever_became_of_its_metrics(text, c
 
 def test_models_that_cannot_be_spliced_into_cost_no_trained_weights(pairs, capsys):
     collect.collect(collect_config(pairs["llama"][0]))
+def test_a_run_is_never_begun_anew_over_a_checkpoint(capsys):
+    run("--steps=5", "--out_dir=out")
+    before = Path("out/checkpoint.pt").read_bytes()
+    for resume in ("False", "(True)"):
+        said = error_of(capsys, run, f"--resume={resume}", "--out_dir=out")
+        assert "goes on by --resume=True" in said
+    assert Path("out/checkpoint.pt").read_bytes() == before
+
+
+def test_resuming_a_finished_run_reads_no_batch_and_keeps_what_splicing_found(pairs, monkeypatch):
+    collect.collect(collect_config(pairs["llama"][0]))
+    reported("--data=acts", "--out_dir=out", "--steps=10")
+    report.main(["--run=out", "--splice=True", "--n_texts=2"])
+    rows = metrics("out")
+    assert "val/kl_clean_A" in rows[-1]
+    monkeypatch.setattr(train.Store, "batch", None)
+    resume()
+    assert metrics("out") == rows
+
+
     change_meta(base="moved/away")
     reported("--data=acts", "--out_dir=out", "--steps=10", "--save_every=0")
     page, rows = Path("out/report.html").read_text(), metrics("out")

@@ -687,13 +687,13 @@ def is_due(step, every, steps):
     return step == steps or (every > 0 and step % every == 0)
 
 
-def resolve(config):
+def resolve(config, is_new=True):
     """The config with its by-rule values; ends the program if two values do not go together."""
     if config["variant"] != "vanilla" and config["k"] > config["d_hidden"]:
         fail(f"--k={config['k']} is larger than --d_hidden={config['d_hidden']}")
     if config["batch_size"] % world()[1]:
         fail("--batch_size is no multiple of the processes")
-    if not config["resume"] and Path(config["out_dir"], "checkpoint.pt").exists():
+    if is_new and Path(config["out_dir"], "checkpoint.pt").exists():
         fail(f"--out_dir={config['out_dir']} holds a run already, which goes on by --resume=True")
     if config["dedicated"] and config["basis"] != "plain":
         fail("--dedicated is for the plain basis only")
@@ -781,10 +781,10 @@ def train(config, state=None):
     """Trains by the config, on from a run's state if given; returns the model, in eval mode."""
     device = set_up(config["device"])
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    config = resolve(config)
+    is_new = state is None
+    config = resolve(config, is_new)
     steps = config["steps"]
     rank, n_processes = world()
-    is_new = state is None
     if is_new:
         state = dict(step=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
 
@@ -809,10 +809,14 @@ def train(config, state=None):
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
         for _ in range(state["step"]):  # a scheduler of any kind gets there so
             scheduler.step()
+    if state["step"] >= steps:
+        if rank == 0:
+            model.save_pretrained(config["out_dir"])
+            print(f"finished already; its report: python report.py --run={config['out_dir']}")
+        return model.eval()
     if rank == 0:
         log = Log(config, state)
 
-    is_finished = state["step"] >= steps
     logged_at, logged_step = time.perf_counter(), state["step"]
     for step, x in prefetched(data, state["step"], steps):
         # forward and backward
@@ -870,9 +874,7 @@ def train(config, state=None):
     if rank == 0:
         model.save_pretrained(log.out)
         print(f"weights: CrossCoder.from_pretrained({str(log.out)!r})")
-        if is_finished:
-            print(f"it was finished already; its report: python report.py --run={log.out}")
-        elif not Path(__file__).with_name("report.py").exists():
+        if not Path(__file__).with_name("report.py").exists():
             print("no report: report.py is not beside train.py")
         elif config["val_tokens"]:
             from report import report
