@@ -938,6 +938,8 @@ def test_a_run_is_not_written_over_but_what_stopped_before_its_first_checkpoint_
     ("argument", "said"),
     [
         ("--k=3.5", "--k"),
+        ("--k=True", "--k"),
+        ("--aux_coeff=1e999", "--aux_coeff"),
         ("--lr=fast", "--lr"),
         ("--lr=nan", "--lr"),
         ("--kk=3", "--k"),
@@ -2176,8 +2178,6 @@ def test_a_finished_run_is_reported_again_whatever_became_of_its_metrics(text, c
     assert Path("out/report.html").read_text() == page
 
 
-def test_models_that_cannot_be_spliced_into_cost_no_trained_weights(pairs, capsys):
-    collect.collect(collect_config(pairs["llama"][0]))
 def test_a_run_is_never_begun_anew_over_a_checkpoint(capsys):
     run("--steps=5", "--out_dir=out")
     before = Path("out/checkpoint.pt").read_bytes()
@@ -2198,6 +2198,8 @@ def test_resuming_a_finished_run_reads_no_batch_and_keeps_what_splicing_found(pa
     assert metrics("out") == rows
 
 
+def test_models_that_cannot_be_spliced_into_cost_no_trained_weights(pairs, capsys):
+    collect.collect(collect_config(pairs["llama"][0]))
     change_meta(base="moved/away")
     reported("--data=acts", "--out_dir=out", "--steps=10", "--save_every=0")
     page, rows = Path("out/report.html").read_text(), metrics("out")

@@ -90,6 +90,7 @@ at_least_1 = pd.Interval(1, 1e15, closed="left")
 sizes = ["save_every", "eval_every", "l1_coeff", "dead_after", "lr", "grad_clip", "seed"]
 allowed = dict.fromkeys(sizes, at_least_0)
 allowed |= dict.fromkeys(["steps", "d_hidden", "k", "k_aux", "log_every"], at_least_1)
+allowed["aux_coeff"] = pd.Interval(-1, 1e15, closed="left")
 allowed["batch_size"] = pd.Interval(2, 1e9, closed="left")
 allowed["val_tokens"] = pd.Interval(0, 1e7, closed="left")
 allowed["variant"] = ["vanilla", "topk", "batchtopk"]
@@ -140,8 +141,8 @@ def checked(values, defaults, allowed):
                 value = ast.literal_eval(value)
             settings[key] = kind(value)  # 1e6 is an integer, too
             is_allowed = key not in allowed or value in allowed[key]
-        is_kind = settings[key] == value and isinstance(value, bool) == (kind is bool)
-        if not is_kind or not is_allowed:
+        is_switch = isinstance(value, bool)  # which Python would take for a number
+        if settings[key] != value or is_switch != (kind is bool) or not is_allowed:
             fail(what)
     return settings
 
@@ -181,7 +182,7 @@ class Toy:
 
     n_models = 2
     d_model = 128
-    # Of each kind how many, their size in A and in B, and the tangent by which B's direction turns.
+    # Of each kind how many, their size in A and in B, and about the tangent by which B's turns.
     kinds = {
         "shared": (192, 1, 1, 0.2),
         "base-only": (32, 2**0.5, 0, 0),
@@ -205,7 +206,7 @@ class Toy:
         rng = np.random.default_rng(config["seed"])
         rank = rng.permutation(len(self.kind))
         parent_rank = np.where(rank < self.n_free, rank, rng.integers(16, size=len(rank)))
-        self.parent = rank.argsort()[parent_rank]  # of most features they themselves
+        self.parent = rank.argsort()[parent_rank]  # a feature of that rank; often itself
         self.chance = self.often[rank] / np.where(rank < self.n_free, 1, self.often[parent_rank])
 
     def rows(self, n, key):
@@ -269,8 +270,8 @@ class Store:
             if (self.path / "meta.json").exists():
                 self.read_meta(of_a)
         last_of_doc = np.bincount(self.doc).cumsum()
-        later = len(self.doc) - last_of_doc[self.doc]  # how many rows are of later docs
-        is_held_out = later < config["val_tokens"]
+        later = len(self.doc) - last_of_doc[self.doc]  # of each row, how many are of later docs
+        is_held_out = later < config["val_tokens"]  # whole docs: val_tokens rows or just over
         self.train_rows = np.flatnonzero(~is_held_out)
         self.val_rows = np.flatnonzero(is_held_out)
         if len(self.train_rows) < config["batch_size"]:
@@ -494,7 +495,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         self.since_fired[fired > 0] = 0
         if self.variant == "batchtopk" and fired.any():
             least = F.pad(score, (0, 1), value=torch.inf).min()  # a process may have none
-            least = -reduce(-least, "max")
+            least = -reduce(-least, "max")  # of all processes
             is_first = self.threshold == 0  # it starts there, from no sentinel
             self.threshold.lerp_(least, torch.where(is_first, 1.0, 0.1))
 
@@ -505,8 +506,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         """
         Two codes: the Entries that are active for scaled x [batch, n_models * d_model] by W_enc
         [d_hidden, n_models * d_model], and those of the k_aux largest pre-activations of the `dead`
-        latents in each row. Batchtopk looks at scores over 0.9 of its threshold, and again at all
-        of them if the cut turns out lower.
+        latents in each row. Training of batchtopk looks at scores over 0.9 of its threshold, and
+        again at all of them if the cut turns out lower.
         """
         is_searching = self.variant == "batchtopk" and self.training
         cut = self.threshold  # 0 in other variants
@@ -641,8 +642,7 @@ def metrics(model, parts):
     variance = square - x @ x.T / n
     row = {name: (y / n).item() for name, y in total.items()}
     row["explained_variance"] = (1 - error.trace() / variance.trace()).item()
-    # row m: model m as a sum of what error and variance are of
-    models = model.mix.double().inverse()
+    models = model.mix.double().inverse()  # row m: model m's activation by those that x is of
     views = dict(zip("ABCDEFGH", models), difference=models[-1] - models[0])
     for name, view in views.items():
         of_view = view @ variance @ view
@@ -667,7 +667,7 @@ stop_signals = []  # received so far
 
 
 def stop_soon(number, _):
-    """Handler of a signal: training ends after its step, or at the second signal at once."""
+    """Handler of a signal: training ends after its step, or at its second time at once."""
     stop_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
 
