@@ -212,11 +212,13 @@ def test_a_code_times_a_matrix_and_its_gradients_equal_those_of_the_dense_code(n
     values = torch.rand(n, requires_grad=True)
     W = torch.randn(30, 7, requires_grad=True)
     code = torch.zeros(20, 30).index_put((at // 30, at % 30), values)
-    found = train.product(at // 30, at % 30, values, W, 20)
-    torch.testing.assert_close(found, code @ W)
     weight = torch.randn(20, 7)
-    grads = [torch.autograd.grad((y * weight).sum(), (values, W)) for y in (found, code @ W)]
-    torch.testing.assert_close(*grads)
+    expected = torch.autograd.grad((code @ W * weight).sum(), (values, W), retain_graph=True)
+    for product in (train.product, train.DecodeAt.apply):
+        found = product(at // 30, at % 30, values, W, 20)
+        torch.testing.assert_close(found, code @ W)
+        grads = torch.autograd.grad((found * weight).sum(), (values, W))
+        torch.testing.assert_close(grads, expected)
 
 
 def chosen(model, x):

@@ -557,13 +557,13 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
         pre, pre_dead = EncodeAt.apply(y, W_enc, self.b_enc, active, revived)
         f = self.activate(pre, latent)
-        x_hat = product(active.row, latent, f, W_dec, len(x))
+        x_hat = DecodeAt.apply(active.row, latent, f, W_dec, len(x))
         error = x_hat + self.b_dec.flatten() - y
         l2_loss = mean_square(error)
         l1_loss = (f * norm[latent]).sum() / len(x)
         aux_loss = torch.zeros_like(l2_loss)
         if len(dead):  # by pre-activations, so that it reaches those that are negative everywhere
-            e_hat = product(revived.row, revived.latent, pre_dead, W_dec, len(x))
+            e_hat = DecodeAt.apply(revived.row, revived.latent, pre_dead, W_dec, len(x))
             aux_loss = mean_square(error.detach() + e_hat) * min(len(dead) / k_aux, 1)
         loss = l2_loss + aux_coeff * aux_loss
         if self.variant == "vanilla":
@@ -587,9 +587,15 @@ class Entries(NamedTuple):
 
 
 def product(row, latent, f, W, n_rows):
-    """f @ W [n_rows, d]: of f [n_rows, d_hidden] the values [n] at those entries, sorted by row."""
+    """f @ W [n_rows, d] of a code that has the values f [n] at its entries, sorted by row."""
     starts = torch.searchsorted(row, torch.arange(n_rows, device=W.device))
     return F.embedding_bag(latent, W, starts, per_sample_weights=f, mode="sum")
+
+
+def transposed_product(row, latent, f, x, d_hidden):
+    """code.T @ x [d_hidden, d] of x [batch, d] and such a code [batch, d_hidden]."""
+    order = latent.int().argsort(stable=True)
+    return product(latent[order], row[order], f[order], x, d_hidden)
 
 
 class EncodeAt(torch.autograd.Function):
@@ -609,9 +615,27 @@ class EncodeAt(torch.autograd.Function):
     def backward(ctx, *grads):
         x, b_enc, row, latent = ctx.saved_tensors
         grad = torch.cat(grads)
-        order = latent.int().argsort(stable=True)
-        grad_W = product(latent[order], row[order], grad[order], x, len(b_enc))
+        grad_W = transposed_product(row, latent, grad, x, len(b_enc))
         return None, grad_W, latent.bincount(grad, len(b_enc)), None, None
+
+
+class DecodeAt(torch.autograd.Function):
+    """`product`, but that its gradients read each row of W once: worth 7% of a step."""
+
+    @staticmethod
+    def forward(ctx, row, latent, f, W, n_rows):
+        ctx.save_for_backward(row, latent, f, W)
+        return product(row, latent, f, W, n_rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        row, latent, f, W = ctx.saved_tensors
+        f = f.detach().requires_grad_()
+        with torch.enable_grad():
+            grad_W = transposed_product(row, latent, f, grad, len(W))
+        # <grad, code @ W> = <code.T @ grad, W>: that is a way to the gradient of its values
+        (grad_f,) = torch.autograd.grad(grad_W, f, W)
+        return None, None, grad_f, grad_W.detach(), None
 
 
 # --- Measures -------------------------------------------------------------------------------------
