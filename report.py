@@ -166,11 +166,11 @@ def load_models(data, device):
 
     meta = collect.config | data.meta | dict(trust_remote_code=False)
     with explain(f"{data.path}/meta.json does not name two models and hooks"):
-        hooks = dict(zip(data.names, meta["hooks"], strict=True))
+        hook_a, hook_b = map(str, meta["hooks"])
     models = [collect.load(key, meta, device)[0] for key in data.names]
     if len({model.config.get_text_config().vocab_size for model in models}) > 1:
         fail("--splice=True: the models have vocabularies of different sizes")
-    return [Hooked(model, str(hooks[key])) for model, key in zip(models, data.names)]
+    return [Hooked(models[0], hook_a), Hooked(models[1], hook_b)]
 
 
 def read_texts(data, models, rows, n_texts):
