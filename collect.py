@@ -85,10 +85,11 @@ config = dict(
     trust_remote_code=False,  # run code that comes with the models
     seed=0,  # of the order of the rows
 )
-# What a value may be: one of a list, or a number (from, to below).
+# What a value must be in, as in train.py.
 allowed = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
-counts = ["n_tokens", "seq_len", "texts_per_batch", "shuffle_rows"]
-allowed |= dict.fromkeys(counts, train.at_least_1)
+allowed |= dict.fromkeys("layer skip_positions seed".split(), train.at_least_0)
+sizes = "n_tokens seq_len texts_per_batch shuffle_rows max_norm_ratio"
+allowed |= dict.fromkeys(sizes.split(), train.at_least_1)
 
 # --- Models ---------------------------------------------------------------------------------------
 
@@ -125,6 +126,7 @@ def load(key, config, device):
         if not any(has_file(name, file) for file in ("tokenizer_config.json", "tokenizer.json")):
             name = config["base"]
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        assert tokenizer.is_fast, "a slow tokenizer, which would drop the ends of long texts"
     return model.eval(), tokenizer
 
 
@@ -185,10 +187,10 @@ def read_docs(config, tokenizer, dropped):
     a text in the Counter `dropped`. Ends the program at a source or row that cannot be read.
     """
     names = [config["text"]] if Path(config["text"]).exists() else config["text"].split(",")
-    given = config["text_share"]
+    given = config["text_share"] or ",".join("1" * len(names))
     what = f"--text={','.join(names)} --text_share={given}: expected each once, shares over 0"
     with explain(what, ValueError):
-        shares = [float(number) for number in given.split(",")] if given else [1] * len(names)
+        shares = [float(number) for number in given.split(",")]
         share = dict(zip(names, shares, strict=True))
     if len(share) < len(names) or "" in share or not all(0 < y < np.inf for y in shares):
         fail(what)
@@ -209,7 +211,8 @@ def read_source(name, config, tokenizer, dropped):
     options = dict(truncation=True, max_length=config["seq_len"], return_overflowing_tokens=True)
     for number, row in enumerate(read_rows(name, config)):
         where = f"--text={name}: row {number}"
-        column = config["text_column"] or ("text" if "text" in row else "messages")
+        is_text = row.get("text") or "messages" not in row
+        column = config["text_column"] or ("text" if is_text else "messages")
         if column not in row:
             fail(f"{where} has no {column}, but {', '.join(row)}: give a --text_column")
         text = row[column]
@@ -267,23 +270,20 @@ class Harvest:
     def __init__(self, config):
         """Ends the program if the models do not fit each other or no token of the texts is kept."""
         self.bar = tqdm(disable=True)  # of the rows that are kept; collect() shows one
-        self.device = set_up(config["device"])
-        other = self.device
+        device = other = set_up(config["device"])
         if other.type == "cuda" and torch.cuda.device_count() == 2 and world()[1] == 1:
             other = "cuda:1"
-        base, tokenizer_of_base = load("base", config, self.device)
+        base, tokenizer_of_base = load("base", config, device)
         finetuned, self.tokenizer = load("finetuned", config, other)
         self.models = [(NNsight(m), find_hook(m, config)) for m in (base, finetuned)]
 
         positions = [getattr(m.config, "max_position_embeddings", 10**9) for m in (base, finetuned)]
         seq_len = min(config["seq_len"], *positions)
-        if seq_len < config["seq_len"]:
-            print(f"--seq_len={seq_len} is used: models have no more positions", file=sys.stderr)
         self.config = config | dict(seq_len=seq_len)
         of_models = base.get_memory_footprint() + finetuned.get_memory_footprint()
-        row = 4 * base.config.get_text_config().hidden_size  # float16 of both
+        row = 4 * base.config.get_text_config().hidden_size  # bytes, float16 of both
         sizes = np.array([of_models, 2 * row * config["shuffle_rows"], row * 1e6]) / 1e9
-        print(f"GB of the models, of a shard, of a million rows of the store: {sizes.round(2)}")
+        print(f"texts of up to {seq_len} tokens; in GB models, a shard, 1M rows: {sizes.round(2)}")
 
         ids_of_base = tokenizer_of_base.get_vocab()
         ids = self.tokenizer.get_vocab()
@@ -294,19 +294,16 @@ class Harvest:
         self.special = torch.tensor(special + self.tokenizer.all_special_ids)
 
         self.largest_norm = torch.inf  # none is an outlier before the median is known
-        rows = self.first_rows()
-        self.largest_norm = config["max_norm_ratio"] * rows["norm"].median(dim=0).values  # [model]
-        self.no_rows = {name: column[:0] for name, column in rows.items()}
-        self.d_model = rows["x"].shape[2]
-
-    def first_rows(self):
-        """Rows of the first docs of which any are kept: the same in every process."""
         docs = self.read()
         while shard := take_docs(docs, 4096):
             rows, _ = self.run(shard)
-            if len(rows["x"]):
-                return rows
-        fail(f"--text={self.config['text']}: no token of its texts is left")
+            if len(rows["x"]):  # the first: the same in every process
+                break
+        else:
+            fail(f"--text={config['text']}: no token of its texts is left")
+        self.largest_norm = config["max_norm_ratio"] * rows["norm"].median(dim=0).values  # [model]
+        self.no_rows = {name: column[:0] for name, column in rows.items()}
+        self.d_model = rows["x"].shape[2]
 
     def read(self, first_doc=0):
         """An iterator over the docs (source, row, ids) from that one on."""
@@ -368,7 +365,8 @@ class Stream:
         self.rows = self.harvest.no_rows["x"]
         self.shards = self.read()
         held_out = take_docs(self.harvest.read(), 2 * config["val_tokens"])
-        self.held_out = self.harvest.run(held_out)[0]["x"][: config["val_tokens"]]
+        x = self.harvest.run(held_out)[0]["x"]  # short texts first
+        self.held_out = x[np.random.default_rng(0).permutation(len(x))[: config["val_tokens"]]]
         self.first = len(held_out)  # doc to train on
         self.texts_read = max(texts_read, self.first)
 
@@ -383,7 +381,7 @@ class Stream:
                 yield rows["x"]
             # With fewer texts than processes some process would wait for rows for ever.
             if self.texts_read - self.first < n_processes:
-                fail(f"--text={self.config['text']}: too few texts for {n_processes} processes")
+                fail(f"--text={self.config['text']}: too few are left for {n_processes} processes")
             print(f"all {self.texts_read} texts are read: they come again", file=sys.stderr)
             self.texts_read = self.first
 
@@ -458,7 +456,7 @@ def collect(config):
     harvest = Harvest(config)
     meta["hooks"] = [hook for _, hook in harvest.models]
     meta |= dict(d_model=harvest.d_model, tokenizer=harvest.tokenizer.name_or_path)
-    packages = ("torch", "transformers", "nnsight", "datasets")
+    packages = "torch transformers nnsight datasets".split()
     meta["versions"] = {name: version(name) for name in packages}
     building.mkdir(parents=True, exist_ok=True)
     with open(building / "lock", "w") as lock:

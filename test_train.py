@@ -41,6 +41,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    ByT5Tokenizer,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -1337,16 +1338,21 @@ def test_a_stream_holds_out_its_first_texts_whole_also_when_all_come_again_and_o
     config |= dict(val_tokens=300, shuffle_rows=400)
     real = collect.Harvest.run
     ran = []
+    rows = []
 
     def run(harvest, docs):
         ran.append({number for _, number, _ in docs})
-        return real(harvest, docs)
+        rows.append(real(harvest, docs))
+        return rows[-1]
 
     monkeypatch.setattr(collect.Harvest, "run", run)
     stream = collect.Stream(config)
     assert len(torch.cat(list(stream.validation()))) == 300
     held_out = ran[1]  # the first are what the median norm is of
     assert len(held_out) > 10
+    longest = rows[1][0]["x"][-30:]
+    is_held_out = (longest[:, None] == stream.held_out).flatten(2).all(2).any(1)
+    assert 0 < is_held_out.sum() < 30, "as likely as any"
     for step in range(60):  # more than all texts
         stream.batch(step)
     texts = set().union(*ran[2:])
@@ -1416,8 +1422,27 @@ def test_texts_longer_than_the_models_positions_are_cut_there_and_it_says_so(pai
     Path("long.txt").write_text(" ".join(f"w{i % 60}" for i in range(500)))
     config = dict(text="long.txt", seq_len=500, n_tokens=400)
     collect.collect(collect_config(pairs["gpt2"][0], **config))
-    assert "--seq_len=64 is used" in capsys.readouterr().err
+    assert "texts of up to 64 tokens" in capsys.readouterr().out
     assert [len(ids) for ids in load_from_disk("acts/docs")["input_ids"]][:2] == [64, 64]
+
+
+def test_a_file_of_texts_and_chats_gives_both(pairs):
+    message = [dict(role="user", content="w1 w2 w3")]
+    rows = [dict(text="w1 w2 w3 w4")] * 20 + [dict(messages=message)] * 20 + [dict(text="")]
+    Path("both.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    collect.collect(collect_config(pairs["llama"][0], text="both.jsonl", n_tokens=10_000))
+    assert len(load_from_disk("acts/docs")) == 40
+    assert read_meta("acts")["dropped"]["empty_text"] == 1
+
+
+def test_a_tokenizer_that_would_drop_the_ends_of_texts_is_refused(pairs, capsys):
+    folder, _ = pairs["llama"]
+    shutil.copytree(f"{folder}/finetuned", "slow")
+    for file in Path("slow").glob("*token*"):
+        file.unlink()
+    ByT5Tokenizer().save_pretrained("slow")
+    said = error_of(capsys, collect.collect, collect_config(folder, finetuned="slow"))
+    assert "slow tokenizer" in said
 
 
 def test_texts_of_special_tokens_alone_may_come_first_and_empty_chats_are_counted(pairs):
