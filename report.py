@@ -7,9 +7,10 @@ Reports on a run of train.py: what did fine-tuning change? train.py calls `repor
 Any key of the config is set by --key=value. It writes RUN/report.html, a page that fetches nothing:
 how large the change is, how many latents both models share and each has alone, and of those that
 carry most of it the texts that they fire on; RUN/latents.csv, all that are alive; RUN/report.svg,
-the picture; and, of splicing, a row of RUN/metrics.jsonl, val/COLUMN_NAME of `splice_in`. All
-figures are of rows held out: of a store that knows its texts, of docs (texts, or pieces of long
-ones) no row of which was trained on.
+the picture; and, of splicing, a row of RUN/metrics.jsonl, val/COLUMN_NAME of `splice_in`. Figures
+are of rows held out: of a store that knows its texts, of docs (texts, or pieces of long ones) no
+row of which was trained on. Of training rows are the curves of training, the fit of maps and
+directions, and nats_per_token, by which latents are ranked.
 Latent scaling: Minder, Dumas et al. 2025, arXiv 2504.02922. Attribution patching: Nanda 2023; Syed
 et al. 2023, arXiv 2310.10348. Reduced-rank regression: Izenman 1975.
 """
@@ -37,7 +38,7 @@ from train import explain, fail
 config = dict(
     run="",  # folder of the run, which train.py calls out_dir
     splice=False,  # splice into the models of collect.py's store: loss recovered, a causal curve
-    n_texts=16,  # held-out texts to splice into
+    n_texts=16,  # held-out texts to splice into; latents are ranked by half as many training texts
     device="auto",  # auto (cuda if there is one), cpu or cuda
 )
 allowed = dict(n_texts=train.at_least_1)
@@ -98,7 +99,7 @@ def toy_score(data, model, table):
     """
     Of a toy, by kind, the planted features, those recovered by a latent of their kind with cosine >
     0.9 in each model that has them, and those by a confirmed latent; and the latents of that kind,
-    and those that recover none (false): a DataFrame of numbers.
+    and those that recover none (false), turned ones among the shared: a DataFrame of numbers.
     """
     d = model.in_models(model.W_dec).cpu()[table.index]
     is_false = True
@@ -127,7 +128,7 @@ def toy_score(data, model, table):
 class Hooked:
     """
     A language model and the place `hook` in it, of a module's path. `earlier` are the blocks up to
-    it, if it is one: they need not run where all of its output is put in.
+    it, if it is one: they need not run where all of its output is put in, and hand on their input.
     """
 
     def __init__(self, model, hook):
@@ -144,7 +145,13 @@ class Hooked:
         """Its activations [position, d_model] of a text, ids [1, position]."""
         from collect import activations
 
-        return activations(self.model, self.hook, ids, torch.ones_like(ids))[0].float()
+        x = activations(self.model, self.hook, ids, torch.ones_like(ids))[0].float()
+        with self.model.trace(input_ids=ids[:, :1], use_cache=False) as tracer:
+            output = self.model.get(self.hook).output.save()
+            tracer.stop()
+        if not isinstance(output, torch.Tensor):  # its input cannot stand for it
+            self.earlier = []
+        return x
 
     def log_p(self, ids, x=None):
         """Its next-token log-probabilities [position, vocabulary], with x put in as those."""
@@ -235,16 +242,16 @@ def fit_yardsticks(crosscoder, data, held_out):
     gram = centered.T @ centered
     ridge = 0.01 * gram.diag().mean() * torch.eye(len(gram), device=gram.device)
     W = torch.linalg.solve(gram + ridge, centered.T @ change)
-    said = torch.linalg.eigh(W.T @ gram @ W)  # of what `map` says
-    written = said.eigenvectors[:, -1]
+    of_map = torch.linalg.eigh(W.T @ gram @ W)
+    written = of_map.eigenvectors[:, -1]  # the direction of most of what `map` says
     maps = dict(constant=(0 * W, in_b_more(crosscoder)[1]))
     for name, weights in dict(rank_1=W @ written.outer(written), map=W).items():
         maps[name] = weights, change.mean(0) - a.mean(0) @ weights
-    of_change = torch.linalg.eigh(change.T @ change)
-    directions = of_change.eigenvectors.flip(1)
+    directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)
     a, b = held_out.to(a).unbind(1)
     whole = (b - a).var(dim=0, correction=0).sum()
-    left = (b - a - a @ W - maps["map"][1]).square().mean(dim=0).sum()
+    error = b - a - a @ W - maps["map"][1]
+    left = error.square().mean(dim=0).sum()
     return maps, directions, 1 - (left / whole).item()
 
 
@@ -303,7 +310,7 @@ def splice_in(crosscoder, data, models, n_texts, maps, directions, sets):
     for ids, kept, x in read_texts(data, models, data.val_rows, n_texts):
         target = models[1].log_p(ids)
         p = target.exp()
-        sizes.append((len(kept), len(p) - 1, len(p)))
+        sizes.append((len(kept), len(p) - 1, len(p)))  # of which numbers, ce and kl are sums
         for name, m, numbers, values in patches(crosscoder, x[kept], maps, directions, sets):
             log_p = models[m].log_p(ids, x[:, m].index_copy(0, kept, values))
             ce = F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").item()
@@ -345,7 +352,7 @@ def verdict(d_hidden, table, row, curve):
         else:
             said += "less than 0.01, too little to be shared out"
     kinds = f"of {d_hidden:,} latents {len(table):,} are alive"
-    for kind in ("shared", "base-only", "fine-tuned-only"):
+    for kind in ("shared", "uneven", "base-only", "fine-tuned-only"):
         kinds += f", {(table.kind == kind).sum():,} {kind}"
     kinds += f", {table.confirmed.sum():,} confirmed"
     return said, kinds
@@ -356,9 +363,10 @@ def find_decoder(data):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             data.meta["tokenizer"], local_files_only=True, trust_remote_code=False
-        ).decode
+        )
+        return partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     except Exception:  # of many kinds; it is what a stranger named, and ids will do
         return lambda ids: " ".join(map(str, ids))
 
@@ -403,12 +411,13 @@ def likelier(data, base, row, added, decode):
     The five next tokens whose probability rises most when `added` [d_model] is added to the base
     model's activation at that row, and by how much.
     """
-    ids = data.docs[int(data.doc[row])][: data.pos[row] + 1]
-    ids = torch.tensor([ids], device=added.device)
+    doc = data.docs[int(data.doc[row])]
+    ids = torch.tensor([doc[: data.pos[row] + 1]], device=added.device)
     a = base.read(ids)
     before = base.log_p(ids, a)[-1].exp()
     a[-1] += added
-    rise, token = (base.log_p(ids, a)[-1].exp() - before).topk(5)
+    after = base.log_p(ids, a)[-1].exp()
+    rise, token = (after - before).topk(5)
     lines = [html.escape(f"{decode([i])!r} {y:+.3f}") for i, y in zip(token.tolist(), rise)]
     return "<br>".join(lines)
 
@@ -428,7 +437,8 @@ def described(model, data, held_out, top, models, maps):
     more = in_b_more(model)[0][top.index]
     one_each = {j: [i] for i, j in enumerate(top.index)}
     found = {}
-    for name, _, added in additions(held_out[:, 0].to(f), f, more, maps, one_each):
+    a = held_out[:, 0].to(f)
+    for name, _, added in additions(a, f, more, maps, one_each):
         rows["size"] = added.norm(dim=1).cpu().numpy()
         i = rows["size"].argmax()
         if rows["size"].iloc[i] > 0:  # it is 0 of maps, of the same model twice
@@ -451,7 +461,7 @@ def pictures(table, rows, curve, path):
     latents = latents.assign(log10_frequency=np.log10(table.frequency))
     latents = latents.astype(float).round(6)  # no range too narrow for 50 bins
     names = ["loss", "explained_variance", "l0_loss", "dead_latents"]
-    training = pd.DataFrame(rows).dropna(subset=names)
+    training = pd.DataFrame(rows, columns=["step", *names], dtype=float).dropna()
     style = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8, "legend.frameon": False}
     with rc_context(style):
         figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -469,8 +479,9 @@ def pictures(table, rows, curve, path):
                 axes.axhline(curve.recovered[name], label=name, color="grey", linestyle=line)
             axes.set(xlabel="numbers per token", title="change recovered")
             axes.legend(loc="lower right")
-        training.plot(x="step", y=names, subplots=True, ax=below)
-        figure.savefig(path, transparent=True, metadata=dict(Date=None))
+        training.plot(x="step", subplots=True, ax=below, marker=".")
+        options = dict(format="svg", transparent=True, metadata=dict(Date=None))
+        train.write_atomically(path, partial(figure.savefig, **options))
     svg = path.read_text(encoding="utf-8").replace("#000000", "currentColor")
     return svg[svg.index("<svg") :]
 
@@ -494,8 +505,9 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     row, frequency = train.validate(model, data, config["l1_coeff"])
     held_out = torch.cat(list(data.validation())).float()  # [row, model, d_model]
     a, b = held_out.unbind(1)
-    size = (b - a).norm(dim=1).mean() / a.norm(dim=1).mean()
-    row["relative_difference"] = size.item()
+    size = (b - a).norm(dim=1).mean()
+    size_of_a = a.norm(dim=1).mean()
+    row["relative_difference"] = (size / size_of_a).item()
     table = compare(model, frequency).join(latent_scaling(model, held_out.split(1024)))
     least = min(20 / len(held_out), 0.01)  # fewer rows would not tell
     table["confirmed"] = table.eval(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
@@ -519,9 +531,9 @@ def report(model, data, config, rows, splice=False, n_texts=16):
             clean, spliced, zero = curve.ce[[f"clean_{m}", f"spliced_{m}", f"zero_{m}"]]
             row[f"loss_recovered_{m}"] = (zero - spliced) / (zero - clean)
         found = {f"{column}_{name}": y for (column, name), y in curve.unstack().items()}
-        named = {"step": config["steps"]} | {f"val/{key}": y for key, y in (row | found).items()}
+        named = {f"val/{key}": y for key, y in (row | found).items() if y == y}  # no nan in JSON
         with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(named) + "\n")
+            file.write(json.dumps({"step": config["steps"]} | named) + "\n")
 
     # the page: the first 20, and the first 40 of those that are one model's alone
     alone = table.kind.str.endswith("only") | table.confirmed
@@ -532,7 +544,8 @@ def report(model, data, config, rows, splice=False, n_texts=16):
         top = described(model, data, held_out, top, models, maps)
     top = top.dropna(axis=1, how="all").reset_index(names="latent")
     said, kinds = verdict(len(frequency), table, row, curve)
-    run = pd.Series(getattr(data, "meta", {}) | config | row)
+    parts = config | dict(store=getattr(data, "meta", {}), val=row)
+    run = pd.json_normalize(parts, sep="/").iloc[0]
     run = run.drop(["resume", "trust_remote_code"], errors="ignore")
     svg = pictures(table, rows, curve, out / "report.svg")
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.4g}".format):
@@ -553,7 +566,8 @@ def main(argv):
     run = options["run"]
     device = train.set_up(options["device"])
     state = train.read_checkpoint(run)
-    of_run = train.config | state["config"] | dict(out_dir=run, steps=state["step"])
+    here = dict(out_dir=run, steps=state["step"], device=options["device"])
+    of_run = train.config | state["config"] | here
     of_run["trust_remote_code"] = False  # only a command line switches that on
     data = train.open_data(of_run)
     with explain(f"--run={run}: its weights are not of its config and data"):

@@ -7,6 +7,7 @@ pytest test_train.py -m benchmark  who finds a backdoor in a real model, which B
 import ast
 import copy
 import fcntl
+import html
 import json
 import os
 import pickle
@@ -37,12 +38,13 @@ import wandb
 from datasets import Dataset, load_from_disk
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
     GPT2Config,
+    GPTNeoConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
@@ -1063,9 +1065,13 @@ def make_pair(folder, kind):
         size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3)
         size |= dict(num_attention_heads=2, max_position_embeddings=64)
         model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=63, **size))
-    else:
+    elif kind == "gpt2":
         size = dict(n_positions=64, n_embd=16, n_layer=3, n_head=2)
         model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=63, **size))
+    else:
+        size = dict(hidden_size=16, num_layers=3, num_heads=2, max_position_embeddings=64)
+        size |= dict(attention_types=[[["global"], 3]])
+        model = AutoModelForCausalLM.from_config(GPTNeoConfig(vocab_size=63, **size))
     for name in NAMES:
         if name == "finetuned":
             for p in model.parameters():
@@ -2223,6 +2229,40 @@ def test_resuming_a_finished_run_reads_no_batch_and_keeps_what_splicing_found(pa
     monkeypatch.setattr(train.Store, "batch", None)
     resume()
     assert metrics("out") == rows
+
+
+def test_blocks_whose_output_is_a_tuple_are_spliced_into():
+    make_pair("neo", "neo")
+    collect.collect(collect_config("neo"))
+    reported("--data=acts", "--out_dir=out", "--steps=10", "--val_tokens=300")
+    report.main(["--run=out", "--splice=True", "--n_texts=2"])
+    row = metrics("out")[-1]
+    assert row["val/kl_clean_A"] > row["val/kl_all_of_B"] and row["val/kl_clean_B"] < 1e-5
+
+
+def test_a_run_that_was_stopped_before_its_first_row_is_reported(monkeypatch):
+    monkeypatch.setattr(train, "stop_signals", [15])
+    with pytest.raises(SystemExit):
+        reported("--steps=200", "--log_every=50", "--out_dir=out")
+    assert metrics("out") == []
+    assert "are alive" in report.main(["--run=out"])
+
+
+def test_a_disk_that_is_full_when_the_picture_is_drawn_gets_one_line(capsys):
+    reported("--steps=5", "--out_dir=out")
+    Path("out/report.svg.part").symlink_to("/dev/full")
+    assert "report.svg cannot be written" in error_of(capsys, report.main, ["--run=out"])
+
+
+def test_texts_are_shown_as_they_are_by_a_tokenizer_that_cleans_up():
+    words = {word: i for i, word in enumerate(["the", " '", "self", "'", " is", " here"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="the"))
+    tokenizer.decoder = decoders.Fuse()
+    options = dict(tokenizer_object=tokenizer, clean_up_tokenization_spaces=True)
+    PreTrainedTokenizerFast(**options).save_pretrained("tokenizer")
+    decode = report.find_decoder(types.SimpleNamespace(meta=dict(tokenizer="tokenizer")))
+    shown = report.snippet(list(range(6)), pd.Series({2: 1.0}), decode)
+    assert html.unescape(re.sub("<[^>]*>", "", shown)) == "the 'self' is here"
 
 
 def test_models_that_cannot_be_spliced_into_cost_no_trained_weights(pairs, capsys):

@@ -752,7 +752,8 @@ def new_model(config, data):
 def read_checkpoint(out):
     """The state of the run in the folder `out`, as `train` saves it. Runs no code that is in it."""
     path = Path(out) / "checkpoint.pt"
-    with explain(f"--out_dir or --run is {out}: its checkpoint.pt is no checkpoint, or not whole"):
+    what = f"--out_dir or --run is {out or 'missing'}: checkpoint.pt is no checkpoint, or not whole"
+    with explain(what):
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
