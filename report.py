@@ -310,11 +310,13 @@ def splice_in(crosscoder, data, models, n_texts, maps, directions, sets):
     for ids, kept, x in read_texts(data, models, data.val_rows, n_texts):
         target = models[1].log_p(ids)
         p = target.exp()
+        entropy = -torch.tensordot(p, target)
         sizes.append((len(kept), len(p) - 1, len(p)))  # of which numbers, ce and kl are sums
         for name, m, numbers, values in patches(crosscoder, x[kept], maps, directions, sets):
             log_p = models[m].log_p(ids, x[:, m].index_copy(0, kept, values))
             ce = F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").item()
-            kl = torch.tensordot(p, target - log_p).item()
+            cross_entropy = -torch.tensordot(p, log_p)
+            kl = (cross_entropy - entropy).item()
             found.append(dict(name=name, numbers=numbers, ce=ce, kl=kl))
     curve = pd.DataFrame(found).groupby("name", sort=False).sum()
     curve /= np.sum(sizes, axis=0)
