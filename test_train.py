@@ -249,7 +249,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch_whatever_threshold_it_looks_fr
 
 @pytest.mark.parametrize("variant", ["topk", "batchtopk"])
 def test_the_choice_is_the_same_over_several_blocks_of_memory(variant):
-    model = crosscoder(variant, d_hidden=20_000, k=3).float()
+    model = crosscoder(variant, d_hidden=2_000, k=3).float()
     x = torch.randn(2500, 2, 8)  # 1024 rows are a block
     pre, f = plain_latents(model.eval(), model.scaled(x))
     score = F.relu(pre) * model.decoder_norm()
