@@ -19,7 +19,7 @@ import html
 import json
 import sys
 from collections import Counter
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -126,40 +126,44 @@ def toy_score(data, model, table):
 
 
 class Hooked:
-    """
-    A language model and the place `hook` in it, of a module's path. `earlier` are the blocks up to
-    it, if it is one: they need not run where all of its output is put in, and hand on their input.
-    """
+    """A language model and the place `hook` in it, of a module's path."""
 
     def __init__(self, model, hook):
         from nnsight import NNsight
 
         self.model = NNsight(model.requires_grad_(False))
         self.hook = hook
-        self.earlier = []
-        blocks, _, i = hook.rpartition(".")
-        if i.isdigit():
-            self.earlier = [f"{blocks}.{j}" for j in range(int(i) + 1)]
 
     def read(self, ids):
         """Its activations [position, d_model] of a text, ids [1, position]."""
         from collect import activations
 
-        x = activations(self.model, self.hook, ids, torch.ones_like(ids))[0].float()
-        with self.model.trace(input_ids=ids[:, :1], use_cache=False) as tracer:
+        return activations(self.model, self.hook, ids, torch.ones_like(ids))[0].float()
+
+    @cached_property
+    def earlier(self):
+        """
+        The blocks up to the hook, if it is one: they need not run where all of its output is put
+        in, and hand on their input. None where that cannot stand for an output, which is a tuple.
+        """
+        blocks, _, i = self.hook.rpartition(".")
+        if not i.isdigit():
+            return []
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        with self.model.trace(input_ids=ids, use_cache=False) as tracer:
             output = self.model.get(self.hook).output.save()
             tracer.stop()
-        if not isinstance(output, torch.Tensor):  # its input cannot stand for it
-            self.earlier = []
-        return x
+        n = int(i) + 1 if isinstance(output, torch.Tensor) else 0
+        return [f"{blocks}.{j}" for j in range(n)]
 
     def log_p(self, ids, x=None):
         """Its next-token log-probabilities [position, vocabulary], with x put in as those."""
         from collect import hidden
 
+        earlier = self.earlier  # it runs the model, which must not be within a run
         with self.model.trace(input_ids=ids, use_cache=False):
             if x is not None:
-                for path in self.earlier:
+                for path in earlier:
                     block = self.model.get(path)
                     block.skip(block.input)
                 hidden(self.model.get(self.hook).output)[0] = x
@@ -569,8 +573,8 @@ def main(argv):
     device = train.set_up(options["device"])
     state = train.read_checkpoint(run)
     here = dict(out_dir=run, steps=state["step"], device=options["device"])
+    here["trust_remote_code"] = False  # only a command line switches that on
     of_run = train.config | state["config"] | here
-    of_run["trust_remote_code"] = False  # only a command line switches that on
     data = train.open_data(of_run)
     with explain(f"--run={run}: its weights are not of its config and data"):
         model = train.new_model(of_run, data).to(device)
