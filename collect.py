@@ -88,8 +88,8 @@ config = dict(
 # What a value must be in, as in train.py.
 allowed = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
 allowed |= dict.fromkeys("layer skip_positions seed".split(), train.at_least_0)
-sizes = "n_tokens seq_len texts_per_batch shuffle_rows max_norm_ratio"
-allowed |= dict.fromkeys(sizes.split(), train.at_least_1)
+from_1 = "n_tokens seq_len texts_per_batch shuffle_rows max_norm_ratio"
+allowed |= dict.fromkeys(from_1.split(), train.at_least_1)
 
 # --- Models ---------------------------------------------------------------------------------------
 

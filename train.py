@@ -87,8 +87,8 @@ config = dict(
 # What a value must be in, beside being of its default's type.
 at_least_0 = pd.Interval(0, 1e15, closed="left")
 at_least_1 = pd.Interval(1, 1e15, closed="left")
-sizes = ["save_every", "eval_every", "l1_coeff", "dead_after", "lr", "grad_clip", "seed"]
-allowed = dict.fromkeys(sizes, at_least_0)
+from_0 = ["save_every", "eval_every", "l1_coeff", "dead_after", "lr", "grad_clip", "seed"]
+allowed = dict.fromkeys(from_0, at_least_0)
 allowed |= dict.fromkeys(["steps", "d_hidden", "k", "k_aux", "log_every"], at_least_1)
 allowed["aux_coeff"] = pd.Interval(-1, 1e15, closed="left")
 allowed["batch_size"] = pd.Interval(2, 1e9, closed="left")
@@ -461,11 +461,12 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         pre = einsum(x, W_enc, "batch model d, latent model d -> batch latent") + self.b_enc
         f = self.activate(pre)
         score = (F.relu(pre) * self.decoder_norm()).detach()
-        is_active = score >= self.threshold  # which is 0 in other variants
         if self.variant == "topk":
             is_active = among_largest(score, self.k)
         elif self.variant == "batchtopk" and self.training:
             is_active = score >= self.batch_cut(score, len(x))
+        else:
+            is_active = score >= self.threshold  # which is 0 in vanilla
         f = f * is_active
         if self.training:
             row, latent = f.nonzero(as_tuple=True)
@@ -518,9 +519,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         first = 0
         for block in x.split(1024):  # [batch, d_hidden] is never whole
             pre = F.linear(block, W_enc, self.b_enc)
-            is_active = pre > bound
             if self.variant == "topk":
                 is_active = among_largest(pre * norm, self.k)
+            else:
+                is_active = pre > bound
             row, latent = is_active.nonzero(as_tuple=True)
             active.append((first + row, latent, pre[row, latent]))
             row, i = among_largest(pre[:, dead], k_aux).nonzero(as_tuple=True)
