@@ -32,6 +32,7 @@ OUT.building, a store of the shards so far; the same command goes on with it.
 import fcntl
 import itertools
 import json
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -39,6 +40,9 @@ from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped: the same command goes on"))
 
 import numpy as np
 import pyarrow as pa
@@ -148,8 +152,7 @@ def find_hook(model, config):
         site = ".mlp" if config["site"] == "mlp" else ""
         hook = f"{blocks}.{config['layer']}{site}"
     if hook not in modules:
-        near = get_close_matches(hook, modules, 3, 0)
-        fail(f"the model has no module {hook}; near: {', '.join(near)}")
+        fail(f"the model has no module {hook}; near: {get_close_matches(hook, modules, 3, 0)}")
     return hook
 
 
@@ -415,13 +418,6 @@ def write_json(value, path):
     write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1)))
 
 
-def write_shard(building, name, tables):
-    """Writes tables {folder: {column: values}} into files of that name in the store's folders."""
-    for folder, table in tables.items():
-        (building / folder).mkdir(exist_ok=True)
-        write_atomically(building / folder / name, partial(write_arrow, pa.table(table)))
-
-
 def list_files(folder):
     """Makes a Hugging Face dataset, as of save_to_disk, of the Arrow files in the folder."""
     files = sorted(folder.glob("*.arrow"))
@@ -457,7 +453,7 @@ def collect(config):
     meta["hooks"] = [hook for _, hook in harvest.models]
     meta |= dict(d_model=harvest.d_model, tokenizer=harvest.tokenizer.name_or_path)
     packages = "torch transformers nnsight datasets".split()
-    meta["versions"] = {name: version(name) for name in packages}
+    meta["versions"] = dict(zip(packages, map(version, packages)))
     building.mkdir(parents=True, exist_ok=True)
     with open(building / "lock", "w") as lock:
         with explain(f"{building} is being written already", BlockingIOError):
@@ -496,9 +492,11 @@ def add_shard(harvest, building, docs, meta):
         activation = pa.FixedSizeListArray.from_arrays(x.flatten().numpy(), harvest.d_model)
         tables[name] = dict(activation=activation) | index
     if rank == 0:
-        source, text, input_ids = zip(*docs)
-        tables["docs"] = dict(source=source, text=text, input_ids=input_ids)
-    write_shard(building, f"data-{meta['shards']:05d}-{rank:03d}.arrow", tables)
+        tables["docs"] = dict(zip(("source", "text", "input_ids"), zip(*docs)))
+    for name, table in tables.items():
+        (building / name).mkdir(exist_ok=True)
+        path = building / name / f"data-{meta['shards']:05d}-{rank:03d}.arrow"
+        write_atomically(path, partial(write_arrow, pa.table(table)))
 
     # Sums over all shards and processes. They are gathered when each process has written its files:
     # only then does meta.json say that the shard is done.
@@ -517,5 +515,5 @@ def add_shard(harvest, building, docs, meta):
 
 
 if __name__ == "__main__":
-    with explain("stopped: the same command goes on", (OSError, KeyboardInterrupt)):
+    with explain("stopped: the same command goes on", OSError):
         collect(checked(read_command_line(sys.argv[1:], __file__), config, allowed))

@@ -17,10 +17,14 @@ et al. 2023, arXiv 2310.10348. Reduced-rank regression: Izenman 1975.
 
 import html
 import json
+import signal
 import sys
 from collections import Counter
 from functools import cached_property, partial
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback, of what is imported or later
 
 import numpy as np
 import pandas as pd

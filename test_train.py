@@ -1204,21 +1204,22 @@ def test_a_collection_that_was_cut_off_goes_on_and_ends_with_the_same_store(
     pairs, stores, monkeypatch
 ):
     config = collect_config(pairs["llama"][0], out_dir="cut")
-    real = collect.write_shard
+    real = collect.write_arrow
     written = []
 
-    def dies_at_the_second(building, name, tables):
-        written.append(name)
-        return real(building, name, tables) if len(written) != 2 else killed()
+    def dies_at_the_second(table, path):
+        if path.parent.name == "base":
+            written.append(path.name)
+        return real(table, path) if len(written) != 2 else killed()
 
-    monkeypatch.setattr(collect, "write_shard", dies_at_the_second)
+    monkeypatch.setattr(collect, "write_arrow", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         collect.collect(config)
     assert not Path("cut").exists(), "what is half-written is not taken for a store"
     building = train.Store(store_config(data="cut.building"))
     assert len(building.doc) == building.meta["tokens"] > 300, "but what was finished is one"
     collect.collect(config)
-    assert written[1:3] == ["data-00001-000.arrow"] * 2, "the first shard was not made again"
+    assert written[1:3] == ["data-00001-000.arrow.part"] * 2, "the first shard was not made again"
     assert_same_store("cut", stores["llama"])
     assert read_meta("cut") == read_meta(stores["llama"]) | dict(out_dir="cut")
     assert not Path("cut.building").exists()
@@ -2705,12 +2706,19 @@ def test_a_second_ctrl_c_stops_at_once():
         signal.signal(signal.SIGINT, handler)
 
 
-def test_a_run_that_is_stopped_while_it_imports_ends_without_a_traceback():
-    process = script("train.py", "--steps=5", "--out_dir=out")
+def test_a_script_that_is_stopped_while_it_imports_ends_without_a_traceback():
+    expected = {
+        "train.py": (-signal.SIGINT, ""),
+        "report.py": (-signal.SIGINT, ""),
+        "collect.py": (1, "stopped: the same command goes on\n"),
+    }
+    processes = {name: script(name, "--out_dir=out") for name in expected}
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, said = ended(process, -signal.SIGINT)
-    assert not said and not Path("out").exists()
+    for process in processes.values():
+        process.send_signal(signal.SIGINT)
+    for name, (rc, said) in expected.items():
+        assert ended(processes[name], rc)[1] == said, name
+    assert not Path("out").exists()
 
 
 LONG = [*SMALL, "--steps=3000", "--save_every=7", "--log_every=25", "--eval_every=50"]
