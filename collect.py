@@ -56,7 +56,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import has_file
+from transformers.utils import has_file, logging
 
 import train
 from train import checked, explain, fail, read_command_line, set_up, world, write_atomically
@@ -114,7 +114,9 @@ def load(key, config, device):
     name = config[key]
     options = dict(trust_remote_code=config["trust_remote_code"])
     of_model = options | dict(dtype=config["dtype"], device_map=config["device_map"] or device)
+    logging.set_verbosity_error()  # what it would say of missing weights, fail does
     with explain(f"--{key}={name} cannot be loaded"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, of what transformers deprecates
         warnings.filterwarnings("error", "Found missing adapter keys")
         is_adapter = key == "finetuned" and has_file(name, "adapter_config.json")
         whole = config["base"] if is_adapter else name
@@ -123,8 +125,7 @@ def load(key, config, device):
         modules = dict(model.named_modules())
         unused = {key for key in found["unexpected_keys"] if key.rpartition(".")[0] in modules}
         wrong = unused.union(found["missing_keys"])
-        if wrong:
-            raise ValueError(f"its weights are not those of its config: {min(wrong)}")
+        assert not wrong, f"its weights are not those of its config: {min(wrong)}"
         if is_adapter:
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
         if not any(has_file(name, file) for file in ("tokenizer_config.json", "tokenizer.json")):
@@ -289,8 +290,7 @@ class Harvest:
         print(f"texts of up to {seq_len} tokens; in GB models, a shard, 1M rows: {sizes.round(2)}")
 
         ids_of_base = tokenizer_of_base.get_vocab()
-        ids = self.tokenizer.get_vocab()
-        differ = [token for token, i in ids.items() if ids_of_base.get(token, i) != i]
+        differ = [t for t, i in self.tokenizer.get_vocab().items() if ids_of_base.get(t, i) != i]
         if differ:
             fail(f"the models have different vocabularies: {', '.join(sorted(differ)[:5])}")
         special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
