@@ -161,6 +161,19 @@ def test_the_fast_losses_and_their_gradients_equal_the_definition(
     assert_losses_are_the_definition(model, x, n_dead)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_under_bfloat16_autocast_have_nearly_the_same_gradients(variant):
+    torch.manual_seed(0)
+    model = crosscoder(variant).float()
+    x = torch.randn(64, 2, 8, requires_grad=True)
+    expected = gradients(model, model.losses(x)["l2_loss"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(model, model.losses(x)["l2_loss"])
+    for name, y in expected.items():
+        assert torch.cosine_similarity(found[name].flatten(), y.flatten(), dim=0) > 0.99, name
+    assert not model.losses(x)["x"].requires_grad, "the sparse way has no gradient of x"
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("n_models", [2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -2693,6 +2706,8 @@ def test_signals_end_training_after_its_step_with_all_saved():
         assert said == f"stopped at step {step}: go on by --resume=True --out_dir={out}\n"
         assert metrics(out)[-1]["step"] <= step
         assert metrics(out) == checkpoint(out)["rows"]
+        loaded = train.CrossCoder.from_pretrained(out)
+        assert torch.equal(loaded.W_dec, checkpoint(out)["model"]["W_dec"])
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -2783,7 +2798,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(capsys, monk
     with monkeypatch.context() as patch:
         patch.setattr(train.torch, "save", full)
         said = error_of(capsys, run, "--steps=20", "--save_every=10", "--out_dir=out")
-    for words in ("No space left", "make room", "checkpoint.pt"):
+    for words in ("No space left", "is there room", "checkpoint.pt"):
         assert words in said
     assert checkpoint("out")["step"] == 10
     assert not list(Path("out").glob("*.part"))
@@ -2801,7 +2816,7 @@ def test_a_disk_that_is_full_when_the_weights_are_written_leaves_the_checkpoint(
     run("--steps=10", "--out_dir=out", "--save_every=0")
     before = Path("out/model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_file", full)
+        patch.setattr(train, "save_model", full)
         said = error_of(capsys, resume, "--steps=20")
     assert "No space left" in said
     assert "out/model.safetensors cannot be written" in said

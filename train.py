@@ -46,7 +46,7 @@ from accelerate.utils import gather, pad_across_processes, reduce
 from datasets import load_from_disk
 from einops import einsum
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 from torch import nn
 
 # --- Config, command line, processes --------------------------------------------------------------
@@ -165,7 +165,7 @@ def write_atomically(path, write):
     """write(another path), which then takes the place of `path`, never half-written."""
     part = path.with_name(path.name + ".part")
     try:
-        with explain(f"{path} cannot be written; make room on the disk"):
+        with explain(f"{path} cannot be written (is there room on the disk?)"):
             write(part)
             with open(part, "rb") as written:
                 os.fsync(written)  # a power cut must not find the new name before what it names
@@ -175,6 +175,9 @@ def write_atomically(path, write):
 
 
 # --- Data: n_models, d_model, batch(step) and validation() of raw activations [rows, model, d] ----
+
+# batch(step), this process's rows, must depend on (seed, step) alone: a run that goes on starts in
+# the middle. It is called by another thread, while the step before is trained.
 
 
 class Toy:
@@ -403,7 +406,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, folder):
         path = folder / "model.safetensors"
-        write_atomically(path, lambda part: save_file(self.state_dict(), part))
+        write_atomically(path, lambda part: save_model(self, part))
 
     @torch.no_grad()
     def start_at(self, x):
@@ -433,7 +436,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         return self.mix.inverse() @ y
 
     def in_models(self, y):
-        """Decoder vectors or their sums [n, n_models, d_model] as each model's, in its scale."""
+        """Decoder vectors or their sums [n, n_models, d_model] as each model's, times its scale."""
         return self.unscaled(y) * self.scale[:, None]
 
     def decoder_norm(self):
@@ -545,9 +548,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         scaled activations, means over the batch of sums over the rest. It is l2, in vanilla
         + l1_coeff * l1, + aux_coeff * aux, in which the latents that are dead, silent for over
         dead_after tokens, reconstruct what x_hat lacks. Any number put beside them is logged. And x
-        and error = x_hat - x, scaled, and `fired` [d_hidden], how often each latent did.
+        and error = x_hat - x, scaled, and `fired` [d_hidden], how often each latent did. x gets no
+        gradient.
         """
-        x = self.scaled(x)
+        x = self.scaled(x).detach()
         y = x.flatten(1)
         W_enc = self.own(self.W_enc).flatten(1)
         W_dec = self.own(self.W_dec).flatten(1)
@@ -591,7 +595,7 @@ class Entries(NamedTuple):
 def product(row, latent, f, W, n_rows):
     """f @ W [n_rows, d] of a code that has the values f [n] at its entries, sorted by row."""
     starts = torch.searchsorted(row, torch.arange(n_rows, device=W.device))
-    return F.embedding_bag(latent, W, starts, per_sample_weights=f, mode="sum")
+    return F.embedding_bag(latent, W, starts, per_sample_weights=f.to(W), mode="sum")
 
 
 def transposed_product(row, latent, f, x, d_hidden):
@@ -830,7 +834,7 @@ def train(config, state=None):
             moments = dict(state=state["moments"])  # rates are the config's
             optimizer.load_state_dict(optimizer.state_dict() | moments)
             model.mix.inverse()
-            if type(optimizer).__name__ == "Adam":  # its fused step would not look
+            if "amsgrad" in optimizer.defaults:  # the fused step of Adam, or AdamW, would not look
                 for p, of_p in optimizer.state.items():
                     assert of_p["exp_avg"].shape == of_p["exp_avg_sq"].shape == p.shape
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
@@ -878,7 +882,7 @@ def train(config, state=None):
                 log(step, row)
             logged_at, logged_step = time.perf_counter(), step
 
-        # validate
+        # validate (what stops early, by this row, belongs below what is saved)
         if rank == 0 and config["val_tokens"] and is_due(step, config["eval_every"], steps):
             row, _ = validate(model, data, l1_coeff)
             log(step, row, "val/")
@@ -890,16 +894,16 @@ def train(config, state=None):
             state["texts_read"] = getattr(data, "texts_read", 0)
             state |= dict(model=model.state_dict(), moments=optimizer.state_dict()["state"])
             write_atomically(log.out / "checkpoint.pt", lambda part: torch.save(state, part))
+            model.save_pretrained(log.out)
         if stop and step < steps:
             if rank == 0:
                 again = f"--resume=True --out_dir={log.out}"
                 print(f"stopped at step {step}: go on by {again}", file=sys.stderr)
             raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
 
-    # weights and report
+    # report
     model.eval()
     if rank == 0:
-        model.save_pretrained(log.out)
         print(f"weights: CrossCoder.from_pretrained({str(log.out)!r})")
         if not Path(__file__).with_name("report.py").exists():
             print("no report: report.py is not beside train.py")
