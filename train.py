@@ -400,7 +400,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         """
         f of the pre-activations `pre` [batch, d_hidden], or of some [n] that are of the latents
         `latent` [n], by which to index a parameter of the latents. f and its gradient must be 0
-        where pre <= 0. Whatever f is, topk and batchtopk choose by pre.
+        where pre <= 0. Whatever f is, topk and batchtopk choose by pre, and vanilla takes all that
+        are over 0: an activation that makes some of them 0, such as JumpReLU, goes with vanilla.
         """
         return F.relu(pre)
 
