@@ -230,8 +230,9 @@ def test_a_code_times_a_matrix_and_its_gradients_equal_those_of_the_dense_code(n
     code = torch.zeros(20, 30).index_put((at // 30, at % 30), values)
     weight = torch.randn(20, 7)
     expected = torch.autograd.grad((code @ W * weight).sum(), (values, W), retain_graph=True)
-    for product in (train.product, train.DecodeAt.apply):
-        found = product(at // 30, at % 30, values, W, 20)
+    entries = train.Entries(at // 30, at % 30, pre=values)
+    by_autograd = train.product(entries.row, entries.latent, values, W, 20)
+    for found in (by_autograd, train.DecodeAt.apply(entries, values, W, 20)):
         torch.testing.assert_close(found, code @ W)
         grads = torch.autograd.grad((found * weight).sum(), (values, W))
         torch.testing.assert_close(grads, expected)
