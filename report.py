@@ -577,8 +577,7 @@ def main(argv):
     device = train.set_up(options["device"])
     state = train.read_checkpoint(run)
     here = dict(out_dir=run, steps=state["step"], device=options["device"])
-    here["trust_remote_code"] = False  # only a command line switches that on
-    of_run = train.config | state["config"] | here
+    of_run = train.settings_of(state["config"] | here)
     data = train.open_data(of_run)
     with explain(f"--run={run}: its weights are not of its config and data"):
         model = train.new_model(of_run, data).to(device)

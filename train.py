@@ -93,6 +93,7 @@ allowed |= dict.fromkeys(["steps", "d_hidden", "k", "k_aux", "log_every"], at_le
 allowed["aux_coeff"] = pd.Interval(-1, 1e15, closed="left")
 allowed["batch_size"] = pd.Interval(2, 1e9, closed="left")
 allowed["val_tokens"] = pd.Interval(0, 1e7, closed="left")
+allowed["wandb_mode"] = ["offline", "online", "disabled"]
 allowed["variant"] = ["vanilla", "topk", "batchtopk"]
 allowed["basis"] = ["plain", "delta"]
 allowed["dedicated"] = pd.Interval(0, 0.5, closed="both")
@@ -772,6 +773,7 @@ def read_checkpoint(out):
             if not y.isfinite().all():
                 raise ValueError(f"{name} holds nan or inf")
         json.dumps([dict(state["config"]), [dict(row) for row in state["rows"]]])
+        state["config"].pop("trust_remote_code", None)  # only a command line switches that on
     return state
 
 
@@ -784,7 +786,8 @@ class Log:
         with explain(f"--out_dir={self.out} cannot be made", OSError):
             self.out.mkdir(parents=True, exist_ok=True)
             self.file = open(self.out / "metrics.jsonl", "w", buffering=1)
-        self.file.writelines(json.dumps(row) + "\n" for row in self.rows)  # later ones come again
+            for row in self.rows:  # later ones come again
+                self.file.write(json.dumps(row) + "\n")
         print(json.dumps(config, indent=4))
         self.has_wandb = True
         options = dict(project=config["wandb_project"], mode=config["wandb_mode"], config=config)
@@ -797,7 +800,7 @@ class Log:
             if self.has_wandb:
                 call(*args, **options)
         except Exception as e:  # of many kinds, and none is worth a run
-            print(f"warning: going on without wandb: {e}", file=sys.stderr)
+            print(f"warning: going on without wandb: {' '.join(str(e).split())}", file=sys.stderr)
             self.has_wandb = False
 
     def __call__(self, step, row, prefix=""):
@@ -806,7 +809,8 @@ class Log:
         named = {"step": step} | {prefix + key: value for key, value in row.items()}
         text = json.dumps(named, default=float)  # numbers of any library
         self.rows.append(json.loads(text))
-        self.file.write(text + "\n")
+        with explain(f"{self.out}/metrics.jsonl cannot be written", OSError):
+            self.file.write(text + "\n")
         self.to_wandb(wandb.log, self.rows[-1], step=step)
 
 
@@ -918,6 +922,15 @@ def train(config, state=None):
     return model
 
 
+def settings_of(given):
+    """The whole config of a run, of which some {key: value or text} are given; checked."""
+    if given.get("data") != "stream":
+        return checked(given, config, allowed)
+    import collect
+
+    return checked(given, collect.config | config, collect.allowed | allowed)
+
+
 def main(argv):
     texts = read_command_line(argv, __file__)
     state = None
@@ -925,14 +938,7 @@ def main(argv):
     if texts.get("resume") == "True":
         state = read_checkpoint(texts.get("out_dir", ""))
         saved = state["config"]
-        saved.pop("trust_remote_code", None)  # only the command line switches that on
-    given = saved | texts
-    defaults, values = config, allowed
-    if given.get("data") == "stream":
-        import collect
-
-        defaults, values = collect.config | config, collect.allowed | allowed
-    settings = checked(given, defaults, values)
+    settings = settings_of(saved | texts)
     for key in {"variant", "basis", "dedicated"}.intersection(saved):
         if settings[key] != saved[key]:
             fail(f"--{key} is not this run's, and resuming cannot change it")
