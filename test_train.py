@@ -8,6 +8,7 @@ import ast
 import copy
 import fcntl
 import html
+import itertools
 import json
 import os
 import pickle
@@ -38,7 +39,7 @@ import wandb
 from datasets import Dataset, load_from_disk
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -274,7 +275,7 @@ def test_the_choice_is_the_same_over_several_blocks_of_memory(variant):
     torch.testing.assert_close(found, f)
 
 
-def test_batchtopk_keeps_exactly_k_per_row_on_average_with_ties():
+def test_batchtopk_keeps_k_per_row_on_average_also_with_ties_away_from_its_cut():
     model = crosscoder("batchtopk").float()
     x = torch.randn(1, 2, 8).repeat(50, 1, 1)  # all rows alike
     for start in (0.0, 1.0):
@@ -508,6 +509,44 @@ def test_a_loop_of_somebodys_own_trains_a_model_that_evaluates_as_it_trained():
     assert in_inference == pytest.approx(16, rel=0.15)
 
 
+@pytest.mark.parametrize("basis", ["plain", "delta"])
+def test_a_new_model_starts_at_the_mean_with_a_threshold_and_no_latent_silent(basis):
+    x = train.Toy(dict(seed=3, batch_size=4096)).batch(0)
+    model = train.CrossCoder(2, 128, 64, k=1, basis=basis)
+    model.start_at(x)
+    torch.testing.assert_close(model.b_dec.detach(), model.scaled(x).mean(0))
+    pre = torch.einsum("hmd,md->h", model.W_enc, model.b_dec) + model.b_enc
+    torch.testing.assert_close(pre, torch.zeros(64), atol=1e-5, rtol=0)
+    assert model.threshold > 0 and not model.since_fired.any()
+
+
+def test_latents_are_dead_that_were_silent_for_more_than_dead_after():
+    model = crosscoder("topk")
+    model.since_fired.fill_(999)[[3, 17]] = 1000
+    assert model.losses(torch.randn(5, 2, 8).double(), dead_after=999)["dead_latents"] == 2
+
+
+def test_a_score_that_just_reaches_the_threshold_is_active_in_the_fast_way():
+    model = crosscoder("batchtopk").float().eval()
+    x = torch.randn(100, 2, 8)
+    pre = F.linear(model.scaled(x).flatten(1), model.W_enc.flatten(1), model.b_enc)
+    score = (pre * model.decoder_norm()).detach().flatten().sort(descending=True).values
+    for n in (1, 100, 1000):
+        model.threshold.fill_(score[n - 1].item())
+        assert (chosen(model, x) > 0).sum() == n
+
+
+def test_validation_has_the_l1_term_and_the_difference_is_the_last_models_from_the_first():
+    model = crosscoder("vanilla", n_models=3).eval()
+    x = torch.randn(60, 3, 8).double()
+    row, _ = train.validate(model, types.SimpleNamespace(validation=lambda: x.split(32)), 2.0)
+    assert row["loss"] == pytest.approx(row["l2_loss"] + 2 * row["l1_loss"])
+    y = x[:, 2] - x[:, 0]
+    y_hat = (model(x)[:, 2] - model(x)[:, 0]).detach()
+    expected = 1 - (y - y_hat).square().sum() / (y - y.mean(0)).square().sum()
+    assert row["explained_variance_difference"] == pytest.approx(expected.item())
+
+
 # --- Helpers: runs and stores ---------------------------------------------------------------------
 
 HERE = Path(__file__).parent
@@ -683,6 +722,22 @@ def test_the_hard_toy_has_zipf_frequencies_nested_features_and_turned_ones():
     assert not nested[parent].any()
     assert not (active & ~active[:, parent]).any()
     assert len(set(parent[nested])) <= 16
+
+
+def test_held_out_rows_of_a_toy_are_no_batch_and_its_noise_is_a_fiftieth():
+    toy = train.Toy(dict(seed=3, batch_size=64, val_tokens=64))
+    assert not torch.equal(torch.cat(list(toy.validation())), toy.batch(0))
+    toy.directions = torch.zeros(256, 2, 128)
+    assert toy.rows(1000, 0).std().item() == pytest.approx(0.02, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", [train.Toy, train.HardToy])
+def test_shared_features_turn_a_little(kind):
+    toy = kind(dict(seed=3))
+    cosine = F.cosine_similarity(*toy.directions.unbind(1), dim=-1)
+    is_shared = torch.tensor([name == "shared" for name in toy.kind])
+    angle = cosine[is_shared].arccos().rad2deg().mean()
+    assert angle.item() == pytest.approx(11, abs=3)
 
 
 # --- Loader ---------------------------------------------------------------------------------------
@@ -948,6 +1003,26 @@ def test_a_run_is_not_written_over_but_what_stopped_before_its_first_checkpoint_
     Path("out/checkpoint.pt").unlink()
     run("--steps=10", "--out_dir=out")
     assert [row["step"] for row in metrics("out")] == [5, 10]
+
+
+def test_the_l1_coefficient_warms_up_over_the_first_twentieth():
+    run("--steps=60", "--log_every=1", "--variant=vanilla", "--l1_coeff=30", "--out_dir=out")
+    for row, coeff in zip(metrics("out"), (10, 20, 30, 30)):
+        assert row["l1_coeff"] == pytest.approx(coeff)
+        assert row["loss"] == pytest.approx(row["l2_loss"] + coeff * row["l1_loss"])
+
+
+def test_values_by_rule_are_those_that_the_config_says():
+    assert train.resolve(train.config)["aux_coeff"] == 1 / 32
+    assert train.resolve(train.config | dict(variant="vanilla"))["aux_coeff"] == 0
+    assert train.resolve(train.config | dict(steps=10**6))["dead_after"] == 10**7
+
+
+def test_tokens_per_second_are_of_the_steps_since_the_row_before(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    run("--steps=15", "--out_dir=out", "--wandb_mode=disabled", "--val_tokens=0")
+    assert [row["tokens_per_second"] for row in metrics("out")] == [5 * 64] * 3
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -1511,6 +1586,95 @@ def test_models_with_different_vocabularies_are_refused_with_an_example(pairs, c
     assert "different vocabularies: w1, w2" in said
 
 
+def test_a_resumed_stream_goes_on_after_the_texts_it_has_read(pairs, monkeypatch):
+    options = "--data=stream --out_dir=out --steps=20 --k=8 --val_tokens=64 --layer=1 --seq_len=32"
+    run(*options.split(), "--shuffle_rows=500", *pair_arguments(pairs["llama"][0]))
+    read = checkpoint("out")["texts_read"]
+    real = collect.Stream
+    begun_at = []
+
+    def spy(config, texts_read):
+        begun_at.append(texts_read)
+        return real(config, texts_read)
+
+    monkeypatch.setattr(collect, "Stream", spy)
+    resume("--steps=25")
+    assert begun_at == [read]
+
+
+def test_a_stream_is_shuffled_keeps_half_a_shard_and_is_split_over_processes(pairs, monkeypatch):
+    config = train.config | collect_config(pairs["llama"][0])
+    config |= dict(data="stream", batch_size=100, val_tokens=300, shuffle_rows=400)
+    real = collect.Harvest.run
+    runs = []
+
+    def spy(harvest, docs):
+        rows, dropped = real(harvest, docs)
+        runs.append((docs, rows["x"]))
+        return rows, dropped
+
+    monkeypatch.setattr(collect.Harvest, "run", spy)
+    stream = collect.Stream(config)
+    x = stream.batch(0)
+    assert not torch.equal(x, runs[2][1][:100]), "after those of the median and those held out"
+    for step in range(1, 6):
+        stream.batch(step)
+        assert len(stream.rows) >= 200
+    seen = []
+    for rank in (0, 1):
+        monkeypatch.setattr(collect, "world", lambda rank=rank: (rank, 2))
+        runs.clear()
+        assert len(collect.Stream(config).batch(0)) == 50
+        seen.append({(number, *ids) for _, number, ids in runs[2][0]})
+    assert seen[0] and seen[1] and not seen[0] & seen[1]
+
+
+def test_tokens_that_a_tokenizer_adds_as_special_are_left_out(pairs):
+    shutil.copytree(pairs["llama"][0], "turn", ignore=shutil.ignore_patterns("acts"))
+    for name in NAMES:
+        tokenizer = AutoTokenizer.from_pretrained(f"turn/{name}")
+        tokenizer.add_tokens([AddedToken("w59", special=True)], special_tokens=True)
+        tokenizer.save_pretrained(f"turn/{name}")
+    collect.collect(collect_config("turn"))
+    assert 62 not in load_from_disk("acts/base")["token"]
+
+
+def test_an_outlier_is_over_a_multiple_of_its_own_models_median(pairs):
+    folder, _ = pairs["llama"]
+    collect.collect(collect_config(folder, n_tokens=10**6, max_norm_ratio=1e6))
+    limit = collect.Harvest(collect_config(folder)).largest_norm
+    for name, found in zip(NAMES, limit):
+        x = np.array(load_from_disk(f"acts/{name}")["activation"], dtype=np.float32)
+        assert found.item() == pytest.approx(10 * np.median(np.linalg.norm(x, axis=1)), rel=2e-3)
+
+
+def test_the_rest_of_the_command_line_does_what_it_says(pairs, stores):
+    folder, _ = pairs["llama"]
+    config = collect_config(folder, text="book.txt", dtype="bfloat16")
+    model, tokenizer = collect.load("base", config, "cpu")
+    assert model.dtype == torch.bfloat16
+    assert collect.find_hook(model, config | dict(site="mlp")) == "model.layers.1.mlp"
+    both = torch.nn.Module()
+    both.eyes = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(9))
+    both.blocks = model.model.layers
+    assert collect.find_hook(both, config) == "blocks.1", "of the larger list"
+
+    Path("book.txt").write_text("w12 " * 5000)
+    docs = list(collect.read_docs(config, tokenizer, collect.Counter()))
+    assert sum(ids.count(15) for _, _, ids in docs) == 5000, "a long text is read to its end"
+
+    collect.collect(collect_config(folder, seed=1))
+    assert load_from_disk("acts/base")["doc"] != load_from_disk(f"{stores['llama']}/base")["doc"]
+
+
+def test_a_collection_of_other_arguments_is_not_gone_on_with(pairs, capsys, monkeypatch):
+    config = collect_config(pairs["llama"][0])
+    done = config | dict(processes=1, shards=0, docs=0, tokens=0, counts={})
+    Path("acts.building").mkdir()
+    collect.write_json(done, Path("acts.building/meta.json"))
+    assert "other arguments" in error_of(capsys, collect.collect, config | dict(layer=0))
+
+
 # --- Report ---------------------------------------------------------------------------------------
 
 
@@ -1641,7 +1805,7 @@ def test_the_same_model_twice_has_no_exclusive_latents_and_no_difference(capsys)
         said = next(line for line in shown.splitlines() if "are alive" in line)
         with capsys.disabled():
             print(f"\n{variant}:", said)
-        assert variant == "vanilla" or "0 base-only, 0 fine-tuned-only, 0 confirmed" in said
+        assert "0 base-only, 0 fine-tuned-only, 0 confirmed" in said
         assert "the models do not differ here\n" in shown
     # dedicated latents so many that the shared ones do not suffice
     reported(*options, "--dedicated=0.4", "--out_dir=dedicated")
@@ -2382,10 +2546,6 @@ def test_a_toys_report_needs_neither_transformers_nor_nnsight():
     assert done.returncode == 0 and done.stdout.endswith("[]\n"), (done.stdout, done.stderr)
 
 
-def test_the_report_is_python_from_3_10_on():
-    ast.parse((HERE / "report.py").read_text(), feature_version=(3, 10))
-
-
 def table_of(page):
     """The page's first table, of latents, as a DataFrame of texts."""
     rows = re.search("<table.*?</table>", page, re.DOTALL)[0].split("<tr")[1:]
@@ -2422,6 +2582,122 @@ def test_a_fine_tuned_model_that_is_the_base_is_spliced_into_without_a_warning(p
     report.main(["--run=out", "--splice=True"])
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
     assert metrics("out")[-1]["val/kl_clean_A"] == 0
+
+
+@pytest.mark.parametrize("basis", ["plain", "delta"])
+def test_the_table_compares_decoder_vectors_as_they_are_in_each_model(basis):
+    model = crosscoder("topk", basis=basis)
+    a, b = model.in_models(model.W_dec).detach().unbind(1)
+    norms = a.norm(dim=1) + b.norm(dim=1)
+    table = report.compare(model, torch.full((40,), 0.5))
+    assert table.relative_norm.tolist() == pytest.approx((b.norm(dim=1) / norms).tolist())
+    assert table.change.tolist() == pytest.approx(((b - a).norm(dim=1) / norms).tolist())
+    assert table.cosine.tolist() == pytest.approx(F.cosine_similarity(a, b).tolist())
+
+    constant = model.decode(torch.zeros(1, 40).double())[0]
+    d = model.decode(torch.eye(40).double()) - constant
+    more, b = report.in_b_more(model)
+    assert_equal(more, d[:, 1] - d[:, 0])
+    assert_equal(b, constant[1] - constant[0])
+
+
+def test_kinds_are_by_relative_norm():
+    model = train.CrossCoder(2, 8, 7, "topk", 1)
+    relative = torch.tensor([0.09, 0.11, 0.39, 0.5, 0.61, 0.89, 0.91])[:, None]
+    model.W_dec.data[:, 0] = 1 - relative
+    model.W_dec.data[:, 1] = relative
+    kinds = "base-only uneven uneven shared uneven uneven fine-tuned-only".split()
+    assert report.compare(model, torch.ones(7)).kind.tolist() == kinds
+
+
+def test_confirmed_takes_both_nus_and_a_frequency_and_the_change_is_of_the_rows(
+    capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "Toy", Own)
+    model = reported("--steps=5", "--out_dir=out", "--d_hidden=96")
+    a, b = Own(dict(batch_size=64)).batch(10**6).unbind(1)
+    size = (b - a).norm(dim=1).mean() / a.norm(dim=1).mean()
+    assert f"B - A is {size:.2g} of A" in capsys.readouterr().out
+
+    config = checkpoint("out")["config"] | dict(val_tokens=1024)
+    data = Own(config)
+    rows = torch.cat([*data.validation()] * 16)
+    data.validation = lambda: rows.split(1024)
+    frequency = torch.full((96,), 0.01)
+    frequency[:2] = torch.tensor([0.0099, 0.5])
+    nu = pd.DataFrame(dict(nu_r=[0.4] * 96, nu_epsilon=[0.1] * 96))
+    nu.loc[5, "nu_r"] = 0.6
+    nu.loc[6, "nu_epsilon"] = 0.3
+    real = train.validate
+    monkeypatch.setattr(train, "validate", lambda *given: (real(*given)[0], frequency))
+    monkeypatch.setattr(report, "latent_scaling", lambda *given: nu)
+    report.report(model, data, config, [])
+    confirmed = pd.read_csv("out/latents.csv", index_col="latent").confirmed
+    assert sorted(confirmed[~confirmed].index) == [0, 5, 6]
+
+
+def test_the_sets_that_are_put_in_are_the_first_of_the_order_and_others_at_random():
+    order = pd.Index(range(200))[::-1]
+    sets = report.sets_of(order)
+    assert sets["chosen_1"].tolist() == [199]
+    assert sets["chosen_5"].tolist() == [199, 198, 197, 196, 195]
+    assert sets["chosen_all"].tolist() == order.tolist()
+    assert len(set(sets["random_20"])) == 20 and set(sets["random_20"]) != set(sets["chosen_20"])
+
+
+def test_reconstructions_are_put_in_and_cross_entropy_is_of_the_next_token(loud):
+    model = crosscoder("topk")
+    x = torch.randn(9, 2, 8).double()
+    found = {name: y for name, _, _, y in report.patches(model, x, {}, torch.eye(8).double(), {})}
+    x_hat = model.eval()(x)
+    assert_equal(found["spliced_A"], x_hat[:, 0])
+    assert_equal(found["spliced_B"], x_hat[:, 1])
+
+    store = train.Store(store_config(val_tokens=300))
+    models = report.load_models(store, "cpu")
+    curve = report.splice_in(Says(), store, models, 3, {}, torch.eye(16), {})
+    base = AutoModelForCausalLM.from_pretrained(f"{loud}/base").eval()
+    total = 0
+    n = 0
+    for doc in np.unique(store.doc[store.val_rows])[:3].tolist():
+        ids = torch.tensor([store.docs[doc]])
+        total += base(ids, labels=ids).loss.item() * (ids.numel() - 1)
+        n += ids.numel() - 1
+    assert curve.ce.clean_A == pytest.approx(total / n, rel=1e-4)
+
+
+def test_each_row_of_the_list_has_the_tokens_that_it_makes_likelier_where_it_is_largest(loud):
+    store = train.Store(store_config(val_tokens=300))
+    models = report.load_models(store, "cpu")
+    held_out = torch.cat(list(store.validation())).float()
+    a, b = held_out.unbind(1)
+    maps = dict(map=(torch.eye(16), torch.zeros(16)))
+    top = pd.DataFrame(index=[3, 5])
+    shown = report.described(Says(), store, held_out, top, models, maps).likelier
+    decode = report.find_decoder(store)
+    said = {j: (b - a)[:, [j]] * torch.eye(16)[j] for j in (3, 5)}
+    for name, added in (said | dict(map=a)).items():
+        i = added.norm(dim=1).argmax().item()
+        row = store.val_rows[i]
+        assert shown[name] == report.likelier(store, models[0], row, added[i], decode)
+
+
+def test_a_feature_is_recovered_by_a_latent_near_it_in_both_models_and_else_that_is_false():
+    toy = train.Toy(dict(seed=0))
+    model = train.CrossCoder(2, toy.d_model, 256, "topk", 28)
+    model.W_dec.data.copy_(toy.directions)
+    a = toy.directions[192, 0]
+    other = torch.randn_like(a)
+    model.W_dec.data[192, 1] = other * a.norm() / other.norm()  # as large in B, elsewhere
+    table = report.compare(model, torch.ones(256)).assign(confirmed=False)
+    score = report.toy_score(toy, model, table)
+    assert score.loc["shared"].tolist() == [192, 192, 0, 193, 1]
+    feature = toy.directions[0]
+    side = F.normalize(torch.randn_like(feature), dim=-1)
+    side -= (side * feature).sum(-1, keepdim=True) * feature
+    model.W_dec.data[0] = feature + F.normalize(side, dim=-1) * 0.7  # a cosine of 0.82
+    score = report.toy_score(toy, model, table)
+    assert score.loc["shared"].tolist() == [192, 191, 0, 193, 2]
 
 
 # --- Faults ---------------------------------------------------------------------------------------
@@ -3040,11 +3316,26 @@ def test_a_folder_that_cannot_be_made_gets_one_line(pairs, capsys, monkeypatch):
     assert "file/acts" in said
 
 
-def test_the_scripts_are_python_from_3_10_on():
+def test_the_scripts_are_python_from_3_11_on():
     for name in ("train.py", "collect.py", "report.py"):
         path = HERE / name
         if path.exists() or name != "report.py":
-            ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+            ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 11))
+
+
+def test_a_full_disk_at_a_row_of_metrics_gets_one_line(capsys):
+    Path("out").mkdir()
+    os.symlink("/dev/full", "out/metrics.jsonl")
+    said = error_of(capsys, run, "--steps=10", "--out_dir=out")
+    assert "metrics.jsonl cannot be written" in said and "No space left" in said
+
+
+def test_a_strangers_config_is_checked_by_the_report_too(capsys):
+    run("--steps=5", "--out_dir=out")
+    state = checkpoint("out")
+    for key, value in dict(seed="x", val_tokens="x", data=3, k=2.5).items():
+        torch.save(state | dict(config=state["config"] | {key: value}), "out/checkpoint.pt")
+        assert f"--{key}={value}" in error_of(capsys, report.main, ["--run=out"])
 
 
 # --- Several processes ----------------------------------------------------------------------------
