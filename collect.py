@@ -44,6 +44,11 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped: the same command goes on"))
 
+import train  # before torch, which reads once how it is to take memory
+from train import checked, explain, fail, read_command_line, set_up, world, write_atomically
+
+# isort: split
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -57,9 +62,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import has_file, logging
-
-import train
-from train import checked, explain, fail, read_command_line, set_up, world, write_atomically
 
 # --- Config ---------------------------------------------------------------------------------------
 

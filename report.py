@@ -27,6 +27,11 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback, of what is imported or later
 
+import train  # before torch, which reads once how it is to take memory
+from train import explain, fail
+
+# isort: split
+
 import numpy as np
 import pandas as pd
 import torch
@@ -34,9 +39,6 @@ import torch.nn.functional as F
 from einops import einsum
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-
-import train
-from train import explain, fail
 
 # --- Config ---------------------------------------------------------------------------------------
 
