@@ -8,10 +8,10 @@ Any key of the config is set by --key=value. It writes RUN/report.html, a page t
 how large the change is, how many latents both models share and each has alone, and of those that
 carry most of it the texts that they fire on; RUN/latents.csv, all that are alive, with what
 `compare`, `latent_scaling` and `attribution` say of them; RUN/report.svg, the picture; and, of
-splicing, a row of RUN/metrics.jsonl, val/COLUMN_NAME of `splice_in`. Figures are of rows held out:
-of a store that knows its texts, of docs (texts, or pieces of long ones) no row of which was trained
-on. Of training rows are the curves of training, the fit of maps and directions, and nats_per_token,
-by which latents are ranked.
+splicing, a row of RUN/metrics.jsonl, val/COLUMN_NAME of `splice_in`, until the run goes on. Figures
+are of rows held out: of a store that knows its texts, of docs (texts, or pieces of long ones) no
+row of which was trained on. Of training rows are the curves of training, the fit of maps and
+directions, and nats_per_token, by which latents are ranked.
 Latent scaling: Minder, Dumas et al. 2025, arXiv 2504.02922. Attribution patching: Nanda 2023; Syed
 et al. 2023, arXiv 2310.10348. Reduced-rank regression: Izenman 1975.
 """
