@@ -473,6 +473,9 @@ def test_raw_activations_go_in_and_come_out(basis):
     assert_equal(losses["x"], model.scaled(x))
     assert_equal(model.scaled(model(x)), losses["x"] + losses["error"])
     assert_equal(model(x), model.decode(model.encode(x)))
+    x_hat = model(x)
+    in_half = model.bfloat16()(x.bfloat16())
+    torch.testing.assert_close(in_half.double(), x_hat, rtol=0.1, atol=0.2)
 
 
 def test_a_new_model_scales_each_model_and_the_difference_to_a_mean_norm_of_sqrt_d_model():

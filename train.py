@@ -435,7 +435,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
 
     def unscaled(self, y):
         """The inverse of `scaled`."""
-        return self.mix.inverse() @ y
+        return self.mix.double().inverse().to(y) @ y
 
     def in_models(self, y):
         """Decoder vectors or their sums [n, n_models, d_model] as each model's, times its scale."""
