@@ -844,13 +844,13 @@ def train(config, state=None):
                 for p, of_p in optimizer.state.items():
                     assert of_p["exp_avg"].shape == of_p["exp_avg_sq"].shape == p.shape
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
-        for _ in range(state["step"]):  # a scheduler of any kind gets there so
-            scheduler.step()
     if state["step"] >= steps:
         if rank == 0:
             model.save_pretrained(config["out_dir"])
             print(f"finished already; its report: python report.py --run={config['out_dir']}")
         return model.eval()
+    for _ in range(state["step"]):  # a scheduler of any kind gets there so
+        scheduler.step()
     if rank == 0:
         log = Log(config, state)
 
