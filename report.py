@@ -151,7 +151,7 @@ class Hooked:
     def earlier(self):
         """
         The blocks up to the hook, if it is one: they need not run where all of its output is put
-        in, and hand on their input. None where that cannot stand for an output, which is a tuple.
+        in, and hand on their input. [] where that cannot stand for an output, which is a tuple.
         """
         blocks, _, i = self.hook.rpartition(".")
         if not i.isdigit():
@@ -545,7 +545,8 @@ def report(model, data, config, rows, splice=False, n_texts=16):
             row[f"loss_recovered_{m}"] = (zero - spliced) / (zero - clean)
         found = {f"{column}_{name}": y for (column, name), y in curve.unstack().items()}
         named = {f"val/{key}": y for key, y in (row | found).items() if y == y}  # no nan in JSON
-        with open(out / "metrics.jsonl", "a") as file:
+        path = out / "metrics.jsonl"
+        with explain(f"{path} cannot be written", OSError), open(path, "a") as file:
             file.write(json.dumps({"step": config["steps"]} | named) + "\n")
 
     # the page: the first 20, and the first 40 of those that are one model's alone
