@@ -734,9 +734,8 @@ def test_held_out_rows_of_a_toy_are_no_batch_and_its_noise_is_a_fiftieth():
     assert toy.rows(1000, 0).std().item() == pytest.approx(0.02, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", [train.Toy, train.HardToy])
-def test_shared_features_turn_a_little(kind):
-    toy = kind(dict(seed=3))
+def test_shared_features_of_the_toy_turn_a_little():
+    toy = train.Toy(dict(seed=3))
     cosine = F.cosine_similarity(*toy.directions.unbind(1), dim=-1)
     is_shared = torch.tensor([name == "shared" for name in toy.kind])
     angle = cosine[is_shared].arccos().rad2deg().mean()
@@ -1462,21 +1461,30 @@ def test_a_stream_holds_out_its_first_texts_whole_also_when_all_come_again_and_o
     assert again.texts_read == stream.texts_read
 
 
-def test_a_stream_trains_and_resumes_and_its_batches_are_rows_of_both_models(pairs):
+def test_a_stream_trains_and_resumes_and_its_batches_are_rows_of_both_models(pairs, monkeypatch):
     folder, _ = pairs["llama"]
     options = "--data=stream --out_dir=out --steps=60 --k=8 --val_tokens=64 --layer=1 --seq_len=32"
     run(*options.split(), "--shuffle_rows=500", *pair_arguments(folder))
     rows = [row for row in metrics("out") if "loss" in row]
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     read = checkpoint("out")["texts_read"]
+    real = collect.Stream
+    begun_at = []
+
+    def spy(config, texts_read):
+        begun_at.append(texts_read)
+        return real(config, texts_read)
+
+    monkeypatch.setattr(collect, "Stream", spy)
     resume("--steps=70")  # goes on at the texts that were not yet read
+    assert begun_at == [read]
     assert [row["step"] for row in metrics("out")][-3:] == [65, 70, 70]
     assert checkpoint("out")["texts_read"] != read
 
     collect.collect(collect_config(folder, n_tokens=10_000))
     a, b = [np.array(load_from_disk(f"acts/{name}")["activation"]) for name in NAMES]
     stored = {tuple(row) for row in np.concatenate([a, b], axis=1).tolist()}
-    stream = collect.Stream(collect_config(folder, batch_size=64, val_tokens=0))
+    stream = real(collect_config(folder, batch_size=64, val_tokens=0))
     for step in range(20):
         x = stream.batch(step)
         assert x.shape == (64, 2, 16)
@@ -1589,22 +1597,6 @@ def test_models_with_different_vocabularies_are_refused_with_an_example(pairs, c
     assert "different vocabularies: w1, w2" in said
 
 
-def test_a_resumed_stream_goes_on_after_the_texts_it_has_read(pairs, monkeypatch):
-    options = "--data=stream --out_dir=out --steps=20 --k=8 --val_tokens=64 --layer=1 --seq_len=32"
-    run(*options.split(), "--shuffle_rows=500", *pair_arguments(pairs["llama"][0]))
-    read = checkpoint("out")["texts_read"]
-    real = collect.Stream
-    begun_at = []
-
-    def spy(config, texts_read):
-        begun_at.append(texts_read)
-        return real(config, texts_read)
-
-    monkeypatch.setattr(collect, "Stream", spy)
-    resume("--steps=25")
-    assert begun_at == [read]
-
-
 def test_a_stream_is_shuffled_keeps_half_a_shard_and_is_split_over_processes(pairs, monkeypatch):
     config = train.config | collect_config(pairs["llama"][0])
     config |= dict(data="stream", batch_size=100, val_tokens=300, shuffle_rows=400)
@@ -1651,26 +1643,31 @@ def test_an_outlier_is_over_a_multiple_of_its_own_models_median(pairs):
         assert found.item() == pytest.approx(10 * np.median(np.linalg.norm(x, axis=1)), rel=2e-3)
 
 
-def test_the_rest_of_the_command_line_does_what_it_says(pairs, stores):
-    folder, _ = pairs["llama"]
-    config = collect_config(folder, text="book.txt", dtype="bfloat16")
-    model, tokenizer = collect.load("base", config, "cpu")
+def test_models_are_of_the_type_asked_for_and_the_hook_is_in_the_larger_list_of_blocks(pairs):
+    config = collect_config(pairs["llama"][0], dtype="bfloat16")
+    model, _ = collect.load("base", config, "cpu")
     assert model.dtype == torch.bfloat16
     assert collect.find_hook(model, config | dict(site="mlp")) == "model.layers.1.mlp"
     both = torch.nn.Module()
     both.eyes = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(9))
     both.blocks = model.model.layers
-    assert collect.find_hook(both, config) == "blocks.1", "of the larger list"
+    assert collect.find_hook(both, config) == "blocks.1"
 
+
+def test_a_long_text_is_read_to_its_end(pairs):
+    config = collect_config(pairs["llama"][0], text="book.txt")
+    _, tokenizer = collect.load("base", config, "cpu")
     Path("book.txt").write_text("w12 " * 5000)
     docs = list(collect.read_docs(config, tokenizer, collect.Counter()))
-    assert sum(ids.count(15) for _, _, ids in docs) == 5000, "a long text is read to its end"
+    assert sum(ids.count(15) for _, _, ids in docs) == 5000
 
-    collect.collect(collect_config(folder, seed=1))
+
+def test_another_seed_gives_another_order_of_the_rows(pairs, stores):
+    collect.collect(collect_config(pairs["llama"][0], seed=1))
     assert load_from_disk("acts/base")["doc"] != load_from_disk(f"{stores['llama']}/base")["doc"]
 
 
-def test_a_collection_of_other_arguments_is_not_gone_on_with(pairs, capsys, monkeypatch):
+def test_a_collection_of_other_arguments_is_not_gone_on_with(pairs, capsys):
     config = collect_config(pairs["llama"][0])
     done = config | dict(processes=1, shards=0, docs=0, tokens=0, counts={})
     Path("acts.building").mkdir()
@@ -2411,6 +2408,15 @@ def test_resuming_a_finished_run_reads_no_batch_and_keeps_what_splicing_found(pa
     monkeypatch.setattr(train.Store, "batch", None)
     resume()
     assert metrics("out") == rows
+
+
+def test_a_full_disk_at_splicings_row_gets_one_line(pairs, capsys):
+    collect.collect(collect_config(pairs["llama"][0]))
+    reported("--data=acts", "--out_dir=out", "--steps=5")
+    Path("out/metrics.jsonl").unlink()
+    os.symlink("/dev/full", "out/metrics.jsonl")
+    said = error_of(capsys, report.main, ["--run=out", "--splice=True", "--n_texts=1"])
+    assert "metrics.jsonl cannot be written" in said and "No space left" in said
 
 
 def test_blocks_whose_output_is_a_tuple_are_spliced_into():
