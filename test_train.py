@@ -1942,12 +1942,15 @@ def loud(pairs):
     return "loud"
 
 
-def by_hooks(folder, store, change):
+def plain_models(folder):
+    return [AutoModelForCausalLM.from_pretrained(f"{folder}/{name}").eval() for name in NAMES]
+
+
+def by_hooks(models, store, change):
     """
     Mean KL divergence in nats a token of 16 held-out texts between the fine-tuned model and the
     base model with change(a, b) at its hook where the store has rows, by plain hooks.
     """
-    models = [AutoModelForCausalLM.from_pretrained(f"{folder}/{name}").eval() for name in NAMES]
     total, n = 0, 0
     for doc in np.unique(store.doc[store.val_rows])[:16]:
         ids = torch.tensor([store.docs[int(doc)]])
@@ -1976,6 +1979,8 @@ def by_hooks(folder, store, change):
 def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud):
     store = train.Store(store_config(val_tokens=300))
     models = report.load_models(store, "cpu")
+    blocks = ["transformer.h.0", "transformer.h.1"]
+    assert models[0].skipped == models[1].skipped == blocks, "where all of their output is put in"
     says = Says()
     says.b_dec = torch.stack([torch.zeros(16), torch.linspace(-1, 1, 16)])
     held_out = torch.cat(list(store.validation())).float()
@@ -1997,7 +2002,8 @@ def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud
         all=lambda x, y: y + constant,
     )
     for name, change in expected.items():
-        assert curve.kl[name] == pytest.approx(by_hooks(loud, store, change), rel=1e-4), name
+        kl = by_hooks(plain_models(loud), store, change)
+        assert curve.kl[name] == pytest.approx(kl, rel=1e-4), name
     assert curve.kl.clean_B == pytest.approx(0, abs=1e-6) and curve.kl.all_of_B > 0.01
     assert curve.kl.directions_20 == pytest.approx(curve.kl.all_of_B, rel=1e-4), "all of them"
     assert curve.kl["none"] == curve.kl.constant
@@ -2021,13 +2027,13 @@ def test_attribution_is_the_slope_of_divergence_along_each_latent(loud):
         for ids, kept, x in report.read_texts(store, models, store.train_rows, 3):
             a, b = x[kept].unbind(1)
             with torch.no_grad():
-                target = models[1].log_p(ids, x[:, 1])
+                target = models[1].logits(ids, x[:, 1]).log_softmax(-1)
             along = (b - a) * torch.eye(16)[j]
             kl = []
             for step in (-0.02, 0.02):
                 y = x[:, 0].index_copy(0, kept, a + step * along)
                 with torch.no_grad():
-                    log_p = models[0].log_p(ids, y)
+                    log_p = models[0].logits(ids, y).log_softmax(-1)
                 kl.append((target.double().exp() * (target.double() - log_p)).sum().item())
             slope += (kl[0] - kl[1]) / 0.04
             n_tokens += len(target)
@@ -2121,24 +2127,25 @@ def test_the_tokens_that_a_latent_makes_likelier_are_those_that_adding_it_does(l
     assert said == "<br>".join(expected) and rise[0] > 0.001
 
 
-def test_a_model_whose_later_blocks_read_what_earlier_ones_left_is_not_spliced_wrongly(
-    loud, monkeypatch, capsys
+def test_of_a_model_whose_later_blocks_read_what_earlier_ones_left_no_block_is_left_out(
+    loud, monkeypatch
 ):
-    """As where layers share keys and values: then leaving earlier blocks out changes it."""
-    reported("--data=acts", "--out_dir=out", "--steps=5", "--val_tokens=300")
-    real = collect.load
-
-    def load(*args):
-        model, tokenizer = real(*args)
-        h = model.transformer.h
+    """As where layers share keys and values."""
+    models = plain_models(loud)
+    for model in models:
         left = []
-        h[0].register_forward_hook(lambda module, args, y: left.append(y))
-        h[2].register_forward_hook(lambda module, args, y: y + left.pop() if left else 0 * y)
-        return model, tokenizer
-
-    monkeypatch.setattr(collect, "load", load)
-    said = error_of(capsys, report.main, ["--run=out", "--splice=True", "--n_texts=1"])
-    assert "later blocks read more" in said
+        h = model.transformer.h
+        h[0].register_forward_hook(lambda module, args, y, left=left: left.append(y))
+        h[2].register_forward_hook(
+            lambda module, args, y, left=left: y + left.pop() if left else 0 * y
+        )
+    store = train.Store(store_config(val_tokens=300))
+    expected = by_hooks(models, store, lambda x, y: y)
+    monkeypatch.setattr(collect, "load", lambda key, *_: (models[NAMES.index(key)], None))
+    spliced = report.load_models(store, "cpu")
+    assert spliced[0].skipped == spliced[1].skipped == []
+    curve = report.splice_in(Says(), store, spliced, 16, {}, torch.eye(16), {})
+    assert curve.kl.all_of_B == pytest.approx(expected, rel=1e-4) and expected > 0.01
 
 
 def test_models_in_bfloat16_are_spliced_into(loud):
@@ -2186,18 +2193,18 @@ def test_a_module_that_returns_a_tuple_is_spliced_into_and_n_texts_is_how_many(l
     collect.collect(collect_config(loud, hook="transformer.h.1.attn"))
     store = train.Store(store_config(data="acts"))
     models = report.load_models(store, "cpu")
-    assert models[0].earlier == [], "what goes around it must run"
+    assert models[0].skipped == [], "what goes around it must run"
     curves = {}
     for n_texts in (1, 3):
         texts = []
-        real = report.Hooked.log_p
+        real = report.Hooked.logits
         with monkeypatch.context() as patch:
 
             def seen(model, ids, x=None, texts=texts, real=real):
                 texts.append(tuple(ids[0].tolist()))
                 return real(model, ids, x)
 
-            patch.setattr(report.Hooked, "log_p", seen)
+            patch.setattr(report.Hooked, "logits", seen)
             curves[n_texts] = report.splice_in(
                 Says(), store, models, n_texts, {}, torch.eye(16), {}
             )
