@@ -401,8 +401,8 @@ def snippet(ids, shade, decode):
 def examples(data, rows, decode):
     """
     Of held-out rows, a DataFrame of doc, pos, source and size: HTML of the texts around the five
-    largest, each of another text; and of the 20 largest the most frequent source, with its share of
-    them and of all rows.
+    largest, each of another text; and of the 20 largest, or more that tie, the most frequent
+    source, with its share of them and of all rows.
     """
     largest = rows[rows["size"] > 0].sort_values("size", ascending=False, kind="stable")
     lines = []
@@ -410,7 +410,8 @@ def examples(data, rows, decode):
         of_doc = largest[largest.doc == doc].set_index("pos")
         shade = of_doc["size"] / rows["size"].max()
         lines.append(snippet(data.docs[doc], shade, decode))
-    share = largest.source[:20].value_counts(normalize=True)
+    first_20 = largest.nlargest(20, "size", keep="all")  # all rows of the constant, alike in each
+    share = first_20.source.value_counts(normalize=True)
     first = share.idxmax()
     usual = (rows.source == first).mean()
     source = html.escape(f"{first} {share[first]:.0%} (of all {usual:.0%})")

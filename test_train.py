@@ -1899,12 +1899,14 @@ def test_of_several_sources_that_of_a_latents_strongest_rows_is_named_with_its_s
     held_out = torch.cat(list(store.validation())).float()
     rows = pd.DataFrame(dict(doc=store.doc, pos=store.pos)).iloc[store.val_rows]
     of_b = np.array(load_from_disk("acts/docs")["source"])[rows.doc] == "b.jsonl"
-    model = Says(lambda x: torch.tensor(of_b)[:, None] + 0.1 * (torch.arange(len(x)) < 5)[:, None])
-    model.encode = lambda x: torch.tensor(of_b + 0.1)[:, None].float().expand(-1, 16)
+    model = Says(lambda x: torch.tensor(of_b + 0.1)[:, None].float().expand(-1, 16))
     top = pd.DataFrame(index=[0])
-    store_of_one = train.Store(store_config(val_tokens=300))
-    found = report.described(model, store_of_one, held_out, top, [], {})
+    maps = dict(constant=(torch.zeros(16, 16), torch.ones(16)))
+    found = report.described(model, store, held_out, top, [], maps)
     assert found.source[0] == f"b.jsonl 100% (of all {of_b.mean():.0%})"
+    first, share = ("b", of_b.mean()) if of_b.mean() > 0.5 else ("a", 1 - of_b.mean())
+    of_all = f"{first}.jsonl {share:.0%} (of all {share:.0%})"
+    assert found.source["constant"] == of_all, "it is alike in every row: no 20 are its strongest"
 
 
 def html_of(token):
