@@ -314,10 +314,12 @@ def splice_in(crosscoder, data, models, n_texts, maps, directions, sets):
     Puts each of `patches`, alone, into the rows that the store has of n_texts held-out texts.
     Returns a DataFrame by name: numbers per row; ce, cross-entropy, and kl, divergence from the
     fine-tuned model, in nats per token; and recovered, by how much kl is less than the base model's
-    as a share of by how much all of B's activation there makes it less, unless that is < 0.01.
+    as a share of by how much all of B's activation there makes it less, unless that is < 0.01. And
+    how far each of the maps raises the next tokens' probabilities, {name: mean [vocabulary]}.
     """
     found = []
     sizes = []
+    rises = dict.fromkeys(maps, 0)
     for ids, kept, x in read_texts(data, models, data.val_rows, n_texts):
         n_tokens = ids.numel()
         sizes.append((len(kept), n_tokens - 1, n_tokens))  # of which numbers, ce and kl are sums
@@ -326,16 +328,21 @@ def splice_in(crosscoder, data, models, n_texts, maps, directions, sets):
             log_p = torch.log_softmax(logits, -1, out=logits)  # in place: fresh memory is slow
             if name == "clean_B":  # the first
                 p = log_p.exp()
+            if name == "clean_A":  # before the maps
+                p_a = log_p.exp()
+            if name in maps:
+                rises[name] += (log_p.exp() - p_a).sum(0)
             ce = F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").item()
             cross_entropy = -torch.tensordot(p, log_p).item()
             found.append(dict(name=name, numbers=numbers, ce=ce, kl=cross_entropy))
     curve = pd.DataFrame(found).groupby("name", sort=False).sum()
-    curve /= np.sum(sizes, axis=0)
+    total = np.sum(sizes, axis=0)
+    curve /= total
     curve.kl -= curve.kl.clean_B  # which is the entropy
     of_layer = curve.kl.clean_A - curve.kl.all_of_B
     if of_layer >= 0.01:
         curve["recovered"] = (curve.kl.clean_A - curve.kl) / of_layer
-    return curve
+    return curve, {name: rise / total[2] for name, rise in rises.items()}
 
 
 # --- Page -----------------------------------------------------------------------------------------
@@ -419,27 +426,25 @@ def examples(data, rows, decode):
 
 
 @torch.no_grad()
-def likelier(data, base, row, added, decode):
+def rise_at(data, row, base, added):
     """
-    The five next tokens whose probability rises most when `added` [d_model] is added to the base
-    model's activation at that row, and by how much.
+    How far adding `added` [d_model] to the base model's activation at that row raises the next
+    token's probabilities [vocabulary].
     """
     doc = data.docs[int(data.doc[row])]
     ids = torch.tensor([doc[: data.pos[row] + 1]], device=added.device)
     a = base.read(ids)
     before = base.logits(ids, a)[-1].softmax(-1)
     a[-1] += added
-    after = base.logits(ids, a)[-1].softmax(-1)
-    rise, token = (after - before).topk(5)
-    lines = [html.escape(f"{decode([i])!r} {y:+.3f}") for i, y in zip(token.tolist(), rise)]
-    return "<br>".join(lines)
+    return base.logits(ids, a)[-1].softmax(-1) - before
 
 
 @torch.no_grad()
-def described(model, data, held_out, top, models, maps):
+def described(model, data, held_out, top, models, maps, rises):
     """
-    The table `top` of latents with the texts that they fire on and, with models, the tokens that
-    they make likelier; and before them the same of the maps.
+    The table `top` of latents with the texts that they fire on and, with models, the five tokens
+    that they make likelier in their strongest row; and before them the same of the maps, but the
+    tokens that they make likelier on average, by `rises`.
     """
     decode = find_decoder(data)
     rows = pd.DataFrame(dict(doc=data.doc, pos=data.pos))
@@ -457,8 +462,11 @@ def described(model, data, held_out, top, models, maps):
         if rows["size"].iloc[i] > 0:  # it is 0 of maps, of the same model twice
             found[name] = examples(data, rows, decode)
             if models:
-                row = data.val_rows[i]
-                found[name]["likelier"] = likelier(data, models[0], row, added[i], decode)
+                if name not in maps:
+                    rises[name] = rise_at(data, data.val_rows[i], models[0], added[i])
+                rise, token = rises[name].topk(5)
+                lines = [f"{decode([t])!r} {y:+.2g}" for t, y in zip(token.tolist(), rise)]
+                found[name]["likelier"] = "<br>".join(map(html.escape, lines))
     shown = pd.DataFrame(found).T.join(top)
     if rows.source.nunique() == 1:
         shown = shown.drop(columns="source", errors="ignore")
@@ -529,6 +537,7 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     order = "carries"
     models = []
     maps = {}
+    rises = {}
     curve = pd.DataFrame()
     if splice:
         models = load_models(data, frequency.device)
@@ -539,7 +548,8 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     train.write_atomically(out / "latents.csv", partial(table.to_csv, index_label="latent"))
     if splice:
         maps, directions, row["map_r2"] = fit_yardsticks(model, data, held_out)
-        curve = splice_in(model, data, models, n_texts, maps, directions, sets_of(table.index))
+        sets = sets_of(table.index)
+        curve, rises = splice_in(model, data, models, n_texts, maps, directions, sets)
         for m in "AB":
             clean, spliced, zero = curve.ce[[f"clean_{m}", f"spliced_{m}", f"zero_{m}"]]
             row[f"loss_recovered_{m}"] = (zero - spliced) / (zero - clean)
@@ -555,7 +565,7 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     is_listed = is_first | (alone & (alone.cumsum() <= 40))
     top = table[is_listed]
     if docs:
-        top = described(model, data, held_out, top, models, maps)
+        top = described(model, data, held_out, top, models, maps, rises)
     top = top.dropna(axis=1, how="all").reset_index(names="latent")
     said, kinds = verdict(len(frequency), table, row, curve)
     parts = config | dict(store=getattr(data, "meta", {}), val=row)
