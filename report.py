@@ -447,9 +447,9 @@ def described(model, data, held_out, top, models, maps, rises):
     tokens that they make likelier on average, by `rises`.
     """
     decode = find_decoder(data)
-    rows = pd.DataFrame(dict(doc=data.doc, pos=data.pos))
-    rows = rows.iloc[data.val_rows].copy()
-    rows["source"] = np.array(data.sources)[rows.doc]
+    doc = data.doc[data.val_rows]
+    source = np.array(data.sources)[doc]
+    rows = pd.DataFrame(dict(doc=doc, pos=data.pos[data.val_rows], source=source))
     parts = held_out.split(1024)
     f = torch.cat([model.encode(x)[:, top.index] for x in parts])
     more = in_b_more(model)[0][top.index]
@@ -481,8 +481,8 @@ def pictures(table, rows, curve, path):
     latents = table[["relative_norm", "cosine", "change"]]
     latents = latents.assign(log10_frequency=np.log10(table.frequency))
     latents = latents.astype(float).round(6)  # no range too narrow for 50 bins
-    names = ["loss", "explained_variance", "l0_loss", "dead_latents"]
-    training = pd.DataFrame(rows, columns=["step", *names], dtype=float).dropna()
+    names = ["step", "loss", "explained_variance", "l0_loss", "dead_latents"]
+    training = pd.DataFrame(rows, columns=names, dtype=float).dropna()
     style = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8, "legend.frameon": False}
     with rc_context(style):
         figure = Figure(figsize=(11, 4.5), layout="constrained")
