@@ -144,13 +144,14 @@ class Hooked:
         # hand on their input; if that can stand for an output, and later ones read nothing else.
         self.skipped = []
         ids = torch.arange(8, device=model.device)[None]
+        x = self.read(ids)
         with self.model.trace(input_ids=ids, use_cache=False):
             output = self.model.get(hook).output.save()
             logits = self.model.output.logits.save()
         blocks, _, i = hook.rpartition(".")
         if i.isdigit() and isinstance(output, torch.Tensor):
             self.skipped = [f"{blocks}.{j}" for j in range(int(i) + 1)]
-            error = self.logits(ids, output[0]) - logits[0]
+            error = self.logits(ids, x) - logits[0]
             if error.norm() > 0.01 * logits.norm():
                 self.skipped = []
 
@@ -178,11 +179,12 @@ def load_models(data, device):
     import collect
 
     meta = collect.config | data.meta | dict(trust_remote_code=False)
-    models = []
     with explain(f"{data.path}/meta.json does not name two models and a hook in each"):
-        for key, hook in zip(data.names, meta["hooks"], strict=True):
-            model, _ = collect.load(key, meta, device)
-            models.append(Hooked(model, hook))
+        hooks = dict(zip(data.names, map(str, meta["hooks"]), strict=True))
+    models = []
+    for key, hook in hooks.items():
+        model, _ = collect.load(key, meta, device)
+        models.append(Hooked(model, hook))
     if len({hooked.model.config.get_text_config().vocab_size for hooked in models}) > 1:
         fail("--splice=True: the models have vocabularies of different sizes")
     return models
