@@ -464,9 +464,11 @@ def described(model, data, held_out, top, models, maps, rises):
         if rows["size"].iloc[i] > 0:  # it is 0 of maps, of the same model twice
             found[name] = examples(data, rows, decode)
             if models:
-                if name not in maps:
-                    rises[name] = rise_at(data, data.val_rows[i], models[0], added[i])
-                rise, token = rises[name].topk(5)
+                if name in maps:
+                    rise = rises[name]
+                else:
+                    rise = rise_at(data, data.val_rows[i], models[0], added[i])
+                rise, token = rise.topk(5)
                 lines = [f"{decode([t])!r} {y:+.2g}" for t, y in zip(token.tolist(), rise)]
                 found[name]["likelier"] = "<br>".join(map(html.escape, lines))
     shown = pd.DataFrame(found).T.join(top)

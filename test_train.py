@@ -2005,8 +2005,9 @@ def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud
         one=lambda x, y: x + constant + (y - x) * one,
         all=lambda x, y: y + constant,
     )
+    plain = plain_models(loud)
     for name, change in expected.items():
-        kl, rise = by_hooks(plain_models(loud), store, change)
+        kl, rise = by_hooks(plain, store, change)
         assert curve.kl[name] == pytest.approx(kl, rel=1e-4), name
         if name in maps:
             torch.testing.assert_close(rises[name], rise, rtol=1e-3, atol=1e-6)
@@ -2206,7 +2207,7 @@ def test_a_module_that_returns_a_tuple_is_spliced_into_and_n_texts_is_how_many(l
         real = report.Hooked.logits
         with monkeypatch.context() as patch:
 
-            def seen(model, ids, x=None, texts=texts, real=real):
+            def seen(model, ids, x, texts=texts, real=real):
                 texts.append(tuple(ids[0].tolist()))
                 return real(model, ids, x)
 
@@ -2697,7 +2698,7 @@ def test_each_row_of_the_list_has_the_tokens_that_it_makes_likelier(loud):
     maps = dict(map=(torch.eye(16), torch.zeros(16)))
     rises = dict(map=models[0].model.lm_head.weight[:, 0])
     top = pd.DataFrame(index=[3, 5])
-    shown = report.described(Says(), store, held_out, top, models, maps, dict(rises)).likelier
+    shown = report.described(Says(), store, held_out, top, models, maps, rises).likelier
     decode = report.find_decoder(store)
     for j in (3, 5):
         added = (b - a)[:, [j]] * torch.eye(16)[j]
