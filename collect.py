@@ -1,65 +1,60 @@
-"""
-Collects the activations of a base model and of the model fine-tuned from it: the same tokens
-through both, at the same place, into a store that train.py reads.
+"""Collects the activations of a base model and of the model fine-tuned from it: the same tokens
+through both, at the same place. It writes a store, which train.py reads.
 
     python collect.py --base=PATH_OR_HUB --finetuned=PATH_OR_HUB --layer=15 --text=PATH_OR_HUB
     torchrun --standalone --nproc_per_node=2 collect.py ...  # texts split over processes, one store
 
-Any key of the config is set by --key=value. A store is a folder, OUT:
+Any key of the config can be set by --key=value. A store is a folder, OUT:
 
-    OUT/base/       a Hugging Face dataset (load_from_disk), a row per token, with the columns
-                        activation  float16 [d_model], raw: as the module puts it out, unscaled
-                        token       int32, the token's id
-                        doc         int32, row in OUT/docs
-                        pos         int32, position in that doc's input_ids
-    OUT/finetuned/  the same of the other model: row i of one is row i of the other, in random order
-    OUT/docs/       a Hugging Face dataset, a row per text or, if it is longer than seq_len tokens
-                    or 10,000 characters, per piece of it: input_ids; source, one of those of
-                    --text; text, its row there
+    OUT/base/       a Hugging Face dataset (load_from_disk), one row per token: activation, float16
+                    [d_model], raw, as the module puts it out; token, its id; doc, its row in
+                    OUT/docs; pos, its position in that doc
+    OUT/finetuned/  the same for the other model. Row i of both is the same token, in random order
+    OUT/docs/       a Hugging Face dataset, one row per text, or per piece of a text of over seq_len
+                    tokens or 10,000 characters: input_ids; source, as in --text; text, row there
     OUT/meta.json   the config; processes; hooks, the module's path in each model; d_model; tokens,
                     rows of base; docs, rows of docs; dropped, tokens left out by reason, and rows
                     without a text; scale, sqrt(d_model) / mean norm of each model's rows;
-                    tokenizer; versions of packages; shards and counts, to go on by
+                    tokenizer; versions of packages; shards and counts, for continuing
 
-In memory are both models, 4 bytes a weight (2 in bfloat16), and a shard, shuffle_rows tokens of 4
-bytes times d_model, twice; a token of the store takes 4 bytes times d_model on the disk.
+A token is left out if it is padding, special, or among the first skip_positions of its doc, if its
+norm in either model is over max_norm_ratio times the median, or if float16 cannot hold it.
 
-No row is padding, a special token, one of the first skip_positions of its doc, over float16's range
-or, in either model, of a norm over max_norm_ratio times the median. What is not finished is
-OUT.building, a store of the shards so far; the same command goes on with it.
+While it runs, the store is called OUT.building. If it is killed, run the same command again: it
+continues. Both models are in memory, at 4 bytes a weight (2 in bfloat16), and a shard twice, of
+shuffle_rows tokens. A token takes 4 bytes times d_model, in memory and on the disk.
 """
 
 import fcntl
-import itertools
 import json
 import signal
 import sys
 import warnings
 from collections import Counter
 from difflib import get_close_matches
-from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped: the same command goes on"))
 
-import train  # before torch, which reads once how it is to take memory
-from train import checked, explain, fail, read_command_line, set_up, world, write_atomically
+import train  # before torch: it sets how torch takes memory
+from train import checked, explain, fail, read_command_line, set_up, write_atomically
 
 # isort: split
 
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import gather_object, tqdm
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.utils.logging import CRITICAL, set_verbosity
 from nnsight import NNsight
 from nnsight.intervention.interleaver import OutOfOrderError
 from peft import PeftConfig, PeftModel
 from torch import nn
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import has_file, logging
 
@@ -91,17 +86,16 @@ config = dict(
     trust_remote_code=False,  # run code that comes with the models
     seed=0,  # of the order of the rows
 )
-# What a value must be in, as in train.py.
-allowed = dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
-allowed |= dict.fromkeys("layer skip_positions seed".split(), train.at_least_0)
-from_1 = "n_tokens seq_len texts_per_batch shuffle_rows max_norm_ratio"
-allowed |= dict.fromkeys(from_1.split(), train.at_least_1)
+# Allowed values, as in train.py.
+from_1 = ["n_tokens", "seq_len", "texts_per_batch", "shuffle_rows", "max_norm_ratio"]
+allowed = dict.fromkeys(from_1, train.at_least_1)
+allowed |= dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
 
 # --- Models ---------------------------------------------------------------------------------------
 
 
 def with_base(config):
-    """The config with the base that the adapter `finetuned` was trained on, if no base is given."""
+    """Returns the config. If it has no base, it gets the one that the adapter was trained on."""
     name = config["finetuned"]
     with explain(f"--base is missing, and --finetuned={name} is no adapter that names one"):
         base = config["base"] or PeftConfig.from_pretrained(name).base_model_name_or_path
@@ -109,23 +103,23 @@ def with_base(config):
 
 
 def load(key, config, device):
-    """
-    The model config[key], in eval mode, and its tokenizer, or base's if it has none, as many an
-    adapter. `key` is base or finetuned. Ends the program if they cannot be loaded, or not whole.
+    """Returns the model config[key], in eval mode, and its tokenizer. `key` is base or finetuned.
+    Many adapters have no tokenizer: then it is the base's. Ends the program if the model cannot be
+    loaded, or not whole.
     """
     name = config[key]
     options = dict(trust_remote_code=config["trust_remote_code"])
     of_model = options | dict(dtype=config["dtype"], device_map=config["device_map"] or device)
-    logging.set_verbosity_error()  # what it would say of missing weights, fail does
+    logging.set_verbosity_error()  # missing weights get one line from `explain`
     with explain(f"--{key}={name} cannot be loaded"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's, of what transformers deprecates
+        warnings.simplefilter("ignore")  # peft uses what transformers deprecates
         warnings.filterwarnings("error", "Found missing adapter keys")
         is_adapter = key == "finetuned" and has_file(name, "adapter_config.json")
         whole = config["base"] if is_adapter else name
         of_model["output_loading_info"] = True
         model, found = AutoModelForCausalLM.from_pretrained(whole, **of_model)
         modules = dict(model.named_modules())
-        unused = {key for key in found["unexpected_keys"] if key.rpartition(".")[0] in modules}
+        unused = {path for path in found["unexpected_keys"] if path.rpartition(".")[0] in modules}
         wrong = unused.union(found["missing_keys"])
         assert not wrong, f"its weights are not those of its config: {min(wrong)}"
         if is_adapter:
@@ -138,9 +132,8 @@ def load(key, config, device):
 
 
 def find_hook(model, config):
-    """
-    The path of the module to hook: `hook`, or that of a block or its MLP, where the blocks are the
-    largest ModuleList. Ends the program if there is no such module.
+    """Returns the path of the module to hook: `hook`, a block, or the MLP of a block. The blocks
+    are the largest ModuleList. Ends the program if there is no such module.
     """
     modules = dict(model.named_modules())
     hook = config["hook"]
@@ -152,56 +145,54 @@ def find_hook(model, config):
         n_layers = len(modules[blocks])
         if config["layer"] >= n_layers:
             fail(f"--layer={config['layer']}: the model has {n_layers} layers, the first is 0")
-        site = ".mlp" if config["site"] == "mlp" else ""
-        hook = f"{blocks}.{config['layer']}{site}"
+        hook = f"{blocks}.{config['layer']}" + ".mlp" * (config["site"] == "mlp")
     if hook not in modules:
         fail(f"the model has no module {hook}; near: {get_close_matches(hook, modules, 3, 0)}")
     return hook
 
 
 def hidden(output):
-    """A module's output as one tensor: those of attention are tuples."""
+    """Returns a module's output as one tensor: attention puts out a tuple, for example."""
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
 @torch.no_grad()
 def activations(model, hook, input_ids, attention_mask):
-    """
-    Output [batch, position, d_model] of the module `hook` of an NNsight model, given input_ids and
-    attention_mask [batch, position], padded on the right. Ends the program if there is none.
+    """Returns the output [batch, position, d_model] of the module `hook` of an NNsight model.
+    input_ids and attention_mask [batch, position] are padded on the right. Ends the program if the
+    module has no such output.
     """
     what = f"--hook={hook} has no output [batch, position, d_model]"
     inputs = dict(input_ids=input_ids.to(model.device), use_cache=False)
     inputs["attention_mask"] = attention_mask.to(model.device)
-    # No such module; one that is never called, as a list of blocks; or a token without embedding.
+    # no such module, a module that is never called (a list of blocks), a token without embedding
     with explain(what, (AttributeError, OutOfOrderError, LookupError)):
         with model.trace(**inputs) as tracer:
-            x = hidden(model.get(hook).output).save()
+            raw = hidden(model.get(hook).output).save()
             tracer.stop()  # the forward pass ends there
-    if x.shape[:-1] != input_ids.shape:
-        fail(f"{what}, but {list(x.shape)}")
-    return x
+    if raw.shape[:-1] != input_ids.shape:
+        fail(f"{what}, but {list(raw.shape)}")
+    return raw
 
 
 # --- Texts ----------------------------------------------------------------------------------------
 
 
 def read_docs(config, tokenizer, dropped):
+    """Yields docs (source, row in it, token ids) of the sources in --text. The next one is of the
+    source that lacks most of its share of tokens. When one ends, the others continue. Counts rows
+    without a text in the Counter `dropped`. Ends the program at a source or row it cannot read.
     """
-    Yields docs (source, row in it, ids) of the sources in --text, each time of the one that lacks
-    most of its share of the tokens so far; when one ends, the others go on. Counts the rows without
-    a text in the Counter `dropped`. Ends the program at a source or row that cannot be read.
-    """
-    names = [config["text"]] if Path(config["text"]).exists() else config["text"].split(",")
+    text = config["text"]
+    names = [text] if Path(text).exists() else text.split(",")
     given = config["text_share"] or ",".join("1" * len(names))
     what = f"--text={','.join(names)} --text_share={given}: expected each once, shares over 0"
     with explain(what, ValueError):
-        shares = [float(number) for number in given.split(",")]
-        share = dict(zip(names, shares, strict=True))
-    if len(share) < len(names) or "" in share or not all(0 < y < np.inf for y in shares):
+        share = dict(zip(names, map(float, given.split(",")), strict=True))
+    if len(share) < len(names) or "" in share or not all(0 < y < np.inf for y in share.values()):
         fail(what)
     sources = {name: read_source(name, config, tokenizer, dropped) for name in names}
-    taken = dict.fromkeys(names, 0)
+    taken = dict.fromkeys(names, 0)  # tokens so far, divided by the share
     while sources:
         name = min(sources, key=taken.get)
         doc = next(sources[name], None)
@@ -213,7 +204,7 @@ def read_docs(config, tokenizer, dropped):
 
 
 def read_source(name, config, tokenizer, dropped):
-    """Yields (name, row, ids) of a source's texts in pieces of up to seq_len tokens."""
+    """Yields the docs of one source: its texts, in pieces of up to seq_len tokens."""
     options = dict(truncation=True, max_length=config["seq_len"], return_overflowing_tokens=True)
     for number, row in enumerate(read_rows(name, config)):
         where = f"--text={name}: row {number}"
@@ -231,7 +222,7 @@ def read_source(name, config, tokenizer, dropped):
                 text = tokenizer.apply_chat_template(text, tokenize=False)
         if not isinstance(text, str):
             fail(f"{where} is neither a text nor messages: {text!r:.50}")
-        for start in range(0, len(text), 10_000):  # no tokenizer is given a book at once
+        for start in range(0, len(text), 10_000):  # tokenizers are slow on a whole book
             part = [text[start : start + 10_000]]
             pieces = tokenizer(part, add_special_tokens=not is_chat, **options)
             yield from ((name, number, ids) for ids in pieces["input_ids"] if ids)
@@ -241,7 +232,7 @@ def read_rows(name, config):
     """Yields the rows of a source as dicts. Ends the program where it cannot be read."""
     suffix = name.lower().removesuffix(".gz").rpartition(".")[2]
     of_file = dict(data_files=name, split="train", streaming=True)
-    set_verbosity(CRITICAL)  # what it would say of a damaged file, fail does
+    set_verbosity(CRITICAL)  # a damaged file gets one line from `explain`
     with explain(f"--text={name} cannot be read"):
         if Path(name, "state.json").exists():
             rows = load_from_disk(name)
@@ -256,7 +247,7 @@ def read_rows(name, config):
 
 
 def take_docs(docs, n_tokens):
-    """The next docs of that iterator: of n_tokens tokens or just over, at its end of fewer."""
+    """Takes docs from an iterator until they have n_tokens tokens, or until it ends."""
     taken = []
     while n_tokens > 0 and (doc := next(docs, None)):
         taken.append(doc)
@@ -268,16 +259,16 @@ def take_docs(docs, n_tokens):
 
 
 class Harvest:
-    """
-    The activations of both models on the same tokens, less those that none should learn from.
+    """Runs both models on the same tokens, and drops the rows that a crosscoder should not learn.
     Attributes: models [(NNsight model, path of its hook)], base first; tokenizer; d_model.
     """
 
     def __init__(self, config):
-        """Ends the program if the models do not fit each other or no token of the texts is kept."""
-        self.bar = tqdm(disable=True)  # of the rows that are kept; collect() shows one
+        """Ends the program if the models do not fit each other, or if no token can be kept."""
+        self.bar = tqdm(disable=True)  # counts rows that are kept; `collect` shows one
         device = other = set_up(config["device"])
-        if other.type == "cuda" and torch.cuda.device_count() == 2 and world()[1] == 1:
+        self.n_processes = PartialState().num_processes
+        if other.type == "cuda" and torch.cuda.device_count() == 2 and self.n_processes == 1:
             other = "cuda:1"
         base, tokenizer_of_base = load("base", config, device)
         finetuned, self.tokenizer = load("finetuned", config, other)
@@ -298,120 +289,113 @@ class Harvest:
         special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
         self.special = torch.tensor(special + self.tokenizer.all_special_ids)
 
-        self.largest_norm = torch.inf  # none is an outlier before the median is known
+        # the median norm is of the first rows, which are the same in every process
+        self.largest_norm = torch.inf
         docs = self.read()
         while shard := take_docs(docs, 4096):
             rows, _ = self.run(shard)
-            if len(rows["x"]):  # the first: the same in every process
+            if len(rows["raw"]):
                 break
         else:
             fail(f"--text={config['text']}: no token of its texts is left")
         self.largest_norm = config["max_norm_ratio"] * rows["norm"].median(dim=0).values  # [model]
         self.no_rows = {name: column[:0] for name, column in rows.items()}
-        self.d_model = rows["x"].shape[2]
+        self.d_model = rows["raw"].shape[2]
 
     def read(self, first_doc=0):
-        """An iterator over the docs (source, row, ids) from that one on."""
-        self.empty = Counter()  # rows without a text, counted from the first
-        return itertools.islice(read_docs(self.config, self.tokenizer, self.empty), first_doc, None)
+        """Returns an iterator over the docs from that one on."""
+        self.empty = Counter()  # rows without a text, counted from the first doc
+        return islice(read_docs(self.config, self.tokenizer, self.empty), first_doc, None)
 
     def run(self, docs):
-        """
-        Of docs [(source, row, ids)] the rows that are kept: x [row, model, d_model] float16, norm
-        [row, model], token (id), doc (index in docs) and pos [row]; and a Counter of the others, by
-        the first reason that holds. Docs of like length go through the models together.
+        """Returns the rows that are kept, as columns, and a Counter of the other tokens by the
+        first reason that holds. Columns: raw [row, model, d_model] float16, norm [row, model],
+        token (its id), doc (index in docs) and pos [row].
         """
         if not docs:  # the last shard may have fewer docs than there are processes
             return self.no_rows, Counter()
-        texts = [torch.tensor(ids) for _, _, ids in docs]
-        length = torch.tensor([len(text) for text in texts])
+        length = torch.tensor([len(ids) for _, _, ids in docs])
         parts = []
         dropped = Counter()
         for batch in length.argsort(stable=True).split(self.config["texts_per_batch"]):
-            ids = nn.utils.rnn.pad_sequence([texts[i] for i in batch], batch_first=True)
+            texts = [torch.tensor(docs[i][2]) for i in batch]
+            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
             doc = batch[:, None].expand_as(ids)
             pos = torch.arange(ids.shape[1]).expand_as(ids)
-            keep = pos < length[doc]  # [batch, position]; what is not padding
-            a, b = [activations(*pair, ids, keep.long()).float().cpu() for pair in self.models]
-            if a.shape != b.shape:
-                fail("base and finetuned are of different size at the hook")
-            x = torch.stack([a, b], dim=2)  # [batch, position, model, d_model]
-            norm = x.norm(dim=-1)
+            keep = pos < length[doc]  # [batch, position], without padding
+            both = [activations(*pair, ids, keep.long()).float().cpu() for pair in self.models]
+            with explain("base and finetuned are of different size at the hook", RuntimeError):
+                raw = torch.stack(both, dim=2)  # [batch, position, model, d_model]
+            norm = raw.norm(dim=-1)
 
             reasons = dict(
                 special_token=torch.isin(ids, self.special),
                 skipped_position=pos < self.config["skip_positions"],
-                over_float16=~(x.abs().amax((2, 3)) <= 65504),  # its largest; nan is over it too
+                over_float16=~(raw.abs().amax((2, 3)) <= 65504),  # nan is, too
                 outlier_norm=(norm > self.largest_norm).any(-1),
             )
             for reason, drop in reasons.items():
                 dropped[reason] += (keep & drop).sum().item()
                 keep &= ~drop
-            columns = dict(x=x.half(), norm=norm, token=ids, doc=doc, pos=pos)
+            columns = dict(raw=raw.half(), norm=norm, token=ids, doc=doc, pos=pos)
             parts.append({name: column[keep] for name, column in columns.items()})
-            self.bar.update(len(parts[-1]["x"]))
+            self.bar.update(keep.sum().item())
         return {name: torch.cat([part[name] for part in parts]) for name in columns}, dropped
 
 
 class Stream:
-    """Data of train.py without a disk: the rows of a Harvest, shuffled in memory."""
+    """Data of train.py that needs no disk: rows of a Harvest, shuffled in memory."""
 
     n_models = 2
 
     def __init__(self, config, texts_read=0):
-        """
-        Holds out the first docs, of twice val_tokens tokens. Starts after those, or after as many
-        docs as a run that goes on has read.
+        """Holds out val_tokens rows of the first docs, which have twice as many tokens. Starts
+        after them, or after the `texts_read` docs that a resumed run has read.
         """
         self.config = config
         self.harvest = Harvest(with_base(config))
         self.d_model = self.harvest.d_model
         self.generator = torch.Generator().manual_seed(config["seed"])
-        self.rows = self.harvest.no_rows["x"]
+        self.rows = self.harvest.no_rows["raw"]
         self.shards = self.read()
-        held_out = take_docs(self.harvest.read(), 2 * config["val_tokens"])
-        x = self.harvest.run(held_out)[0]["x"]  # short texts first
-        self.held_out = x[np.random.default_rng(0).permutation(len(x))[: config["val_tokens"]]]
-        self.first = len(held_out)  # doc to train on
+        docs = take_docs(self.harvest.read(), 2 * config["val_tokens"])
+        raw = self.harvest.run(docs)[0]["raw"]  # short docs come first
+        self.held_out = raw[np.random.default_rng(0).permutation(len(raw))[: config["val_tokens"]]]
+        self.first = len(docs)  # doc to train on
         self.texts_read = max(texts_read, self.first)
 
     def read(self):
-        """Yields this process's rows of shard after shard, x of run(); at their end all again."""
-        rank, n_processes = world()
+        """Yields this process's raw activations of one shard after the other, again and again."""
+        n_processes = self.harvest.n_processes
         while True:
             docs = self.harvest.read(self.texts_read)
             while shard := take_docs(docs, self.config["shuffle_rows"] * n_processes):
                 self.texts_read += len(shard)
-                rows, _ = self.harvest.run(shard[rank::n_processes])
-                yield rows["x"]
-            # With fewer texts than processes some process would wait for rows for ever.
+                rows, _ = self.harvest.run(shard[PartialState().process_index :: n_processes])
+                yield rows["raw"]
+            # with fewer texts than processes, one process would wait for rows for ever
             if self.texts_read - self.first < n_processes:
                 fail(f"--text={self.config['text']}: too few are left for {n_processes} processes")
             print(f"all {self.texts_read} texts are read: they come again", file=sys.stderr)
             self.texts_read = self.first
 
-    def take(self, n):
-        """The next n rows [n, n_models, d_model]; half a shard stays, to be mixed with the next."""
+    def batch(self, step):
+        """Returns this process's rows of a step [batch_size / processes, n_models, d_model]. Half a
+        shard stays, to be mixed with the next one.
+        """
+        n = self.config["batch_size"] // self.harvest.n_processes
         while len(self.rows) < n + self.config["shuffle_rows"] // 2:
             rows = torch.cat([self.rows, next(self.shards)])
             self.rows = rows[torch.randperm(len(rows), generator=self.generator)]
-        x, self.rows = self.rows.tensor_split([n])
-        return x
-
-    def batch(self, step):
-        """This process's rows of a step: raw, [batch_size / processes, n_models, d_model]."""
-        return self.take(self.config["batch_size"] // world()[1])
-
-    def validation(self):
-        """The held-out rows, in batches of up to 1024."""
-        return self.held_out.split(1024)
+        raw, self.rows = self.rows.tensor_split([n])
+        return raw
 
 
 # --- Store ----------------------------------------------------------------------------------------
 
 
 def write_arrow(table, path):
-    """Writes an Arrow table as the stream that a Hugging Face dataset is made of."""
+    """Writes an Arrow table as a stream, the format of a Hugging Face dataset."""
     with pa.ipc.new_stream(path, table.schema) as writer:
         writer.write_table(table)
 
@@ -421,7 +405,7 @@ def write_json(value, path):
 
 
 def list_files(folder):
-    """Makes a Hugging Face dataset, as of save_to_disk, of the Arrow files in the folder."""
+    """Makes a Hugging Face dataset, as save_to_disk does, from the Arrow files in the folder."""
     files = sorted(folder.glob("*.arrow"))
     Dataset.from_file(str(files[0])).info.write_to_directory(folder)
     unset = "_fingerprint _format_columns _format_type _output_all_columns _split"
@@ -431,20 +415,18 @@ def list_files(folder):
 
 
 def collect(config):
-    """
-    Writes the store config["out_dir"], whole or not at all, going on where an earlier try ended. A
-    shard is the docs of the next shuffle_rows tokens per process, of which each runs its share. All
-    that is known of the shards that are done is in the building folder's meta.json.
+    """Writes the store config["out_dir"], whole or not at all. It continues where an earlier try
+    ended. A shard is the docs of the next shuffle_rows tokens per process, and each process runs
+    its share. meta.json, in the building folder, has all that is known of the shards so far.
     """
     set_up(config["device"])
-    rank, n_processes = world()
     config = with_base(config)
     out = Path(config["out_dir"])
     if out.exists():
         fail(f"--out_dir={out} exists already: give another name")
 
     building = out.with_name(out.name + ".building")
-    arguments = config | dict(processes=n_processes)
+    arguments = config | dict(processes=PartialState().num_processes)
     meta = arguments | dict(shards=0, docs=0, tokens=0, counts={})
     if (building / "meta.json").exists():
         meta = json.loads((building / "meta.json").read_text())
@@ -454,21 +436,20 @@ def collect(config):
     harvest = Harvest(config)
     meta["hooks"] = [hook for _, hook in harvest.models]
     meta |= dict(d_model=harvest.d_model, tokenizer=harvest.tokenizer.name_or_path)
-    packages = "torch transformers nnsight datasets".split()
-    meta["versions"] = dict(zip(packages, map(version, packages)))
+    meta["versions"] = {p: version(p) for p in ("torch", "transformers", "nnsight", "datasets")}
     building.mkdir(parents=True, exist_ok=True)
     with open(building / "lock", "w") as lock:
         with explain(f"{building} is being written already", BlockingIOError):
-            if rank == 0:
+            if PartialState().is_main_process:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         docs = harvest.read(meta["docs"])
         left = config["n_tokens"] - meta["tokens"]
-        harvest.bar = tqdm(total=left // n_processes, unit="tok", unit_scale=True, disable=rank > 0)
-        while shard := take_docs(docs, min(left, config["shuffle_rows"] * n_processes)):
+        harvest.bar = tqdm(total=left // harvest.n_processes, unit="tok", unit_scale=True)
+        while shard := take_docs(docs, min(left, config["shuffle_rows"] * harvest.n_processes)):
             add_shard(harvest, building, shard, meta)
             left = config["n_tokens"] - meta["tokens"]
         harvest.bar.close()
-    if rank == 0:
+    if PartialState().is_main_process:
         (building / "lock").unlink()
         building.replace(out)
         print(f"{out}: {meta['tokens']} of {meta['n_tokens']} tokens, of {meta['hooks'][0]}")
@@ -476,40 +457,38 @@ def collect(config):
 
 
 def add_shard(harvest, building, docs, meta):
-    """Runs this process's share of the docs, writes the rows kept, and brings `meta` up to date."""
-    rank, n_processes = world()
-    rows, dropped = harvest.run(docs[rank::n_processes])
+    """Runs this process's share of the docs, writes the rows kept, and updates `meta`."""
+    rank = PartialState().process_index
+    rows, dropped = harvest.run(docs[rank :: harvest.n_processes])
 
-    # All rows in random order; of the last shard what n_tokens needs, from the lower ranks first.
-    n_rows = len(rows["x"])
-    before = meta["tokens"] + sum(gather_object([n_rows])[:rank])
+    # all rows in random order, or as many as n_tokens needs, from the lower ranks first
+    before = meta["tokens"] + sum(gather_object([len(rows["raw"])])[:rank])
     rng = np.random.default_rng([meta["seed"], rank, meta["shards"]])
-    order = rng.permutation(n_rows)[: max(0, meta["n_tokens"] - before)]
+    order = rng.permutation(len(rows["raw"]))[: max(0, meta["n_tokens"] - before)]
     rows = {name: column[order] for name, column in rows.items()}
-    rows["doc"] = meta["docs"] + rank + n_processes * rows["doc"]  # row in the store's docs
+    rows["doc"] = meta["docs"] + rank + harvest.n_processes * rows["doc"]  # in the store's docs
 
     index = {name: rows[name].int().numpy() for name in ("token", "doc", "pos")}
     tables = {}
-    for name, x in zip(("base", "finetuned"), rows["x"].unbind(dim=1)):
-        activation = pa.FixedSizeListArray.from_arrays(x.flatten().numpy(), harvest.d_model)
+    for name, raw in zip(("base", "finetuned"), rows["raw"].unbind(dim=1)):
+        activation = pa.FixedSizeListArray.from_arrays(raw.flatten().numpy(), harvest.d_model)
         tables[name] = dict(activation=activation) | index
     if rank == 0:
         tables["docs"] = dict(zip(("source", "text", "input_ids"), zip(*docs)))
     for name, table in tables.items():
         (building / name).mkdir(exist_ok=True)
         path = building / name / f"data-{meta['shards']:05d}-{rank:03d}.arrow"
-        write_atomically(path, partial(write_arrow, pa.table(table)))
+        write_atomically(path, lambda part: write_arrow(pa.table(table), part))
 
-    # Sums over all shards and processes. They are gathered when each process has written its files:
-    # only then does meta.json say that the shard is done.
-    norms = rows["norm"].double().sum(dim=0).tolist()
-    counts = Counter(dropped, tokens=len(order), norm_base=norms[0], norm_finetuned=norms[1])
+    # Sums over all shards and processes. They are gathered when each process has written its files,
+    # so that meta.json counts only whole shards.
+    norms = dict(zip(("norm_base", "norm_finetuned"), rows["norm"].double().sum(dim=0).tolist()))
+    counts = Counter(dropped, tokens=len(order), **norms)
     counts = sum(gather_object([counts]), Counter(meta["counts"]))
     meta |= dict(counts=counts, tokens=counts["tokens"], docs=meta["docs"] + len(docs))
     meta["shards"] += 1
     meta["dropped"] = {reason: counts[reason] for reason in dropped} | harvest.empty
-    sums = counts["norm_base"], counts["norm_finetuned"]
-    meta["scale"] = [harvest.d_model**0.5 * counts["tokens"] / (norms or 1) for norms in sums]
+    meta["scale"] = [harvest.d_model**0.5 * counts["tokens"] / (counts[n] or 1) for n in norms]
     if rank == 0:
         for name in tables:
             list_files(building / name)

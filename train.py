@@ -1,18 +1,17 @@
-"""
-Trains a CrossCoder: one sparse dictionary over the activations of a base model (A) and of the
-model fine-tuned from it (B). A latent has a decoder vector per model: where one is 0, the other
-has it alone.
+"""Trains a crosscoder: one sparse dictionary for the activations of a base model (A) and of the
+model fine-tuned from it (B). Each latent has one decoder vector per model. If its vector in A is 0,
+the latent is something that fine-tuning added.
 
-    python train.py --variant=batchtopk --k=32              # a toy with planted truth, and a score
+    python train.py --variant=batchtopk --k=32              # a toy with planted features
     python train.py --data=acts --d_hidden=16384            # activations stored by collect.py
-    python train.py --resume=True --out_dir=out/RUN         # goes on, with what is given beside
-    torchrun --standalone --nproc_per_node=2 train.py ...   # the same over several processes
+    python train.py --resume=True --out_dir=out/RUN         # continues a run
+    torchrun --standalone --nproc_per_node=2 train.py ...   # the same on several processes
 
-Any key of the config is set by --key=value. A run is a folder: metrics.jsonl (an object a row:
-step, loss, l0_loss, explained_variance_A, ..., of held-out rows val/loss, ...), checkpoint.pt, the
-weights as model.safetensors with config.json, wandb/, and what report.py says fine-tuning changed.
-Lindsey et al. 2024 (transformer-circuits.pub/2024/crosscoders), BatchTopK: arXiv 2412.06410,
-auxiliary loss: arXiv 2406.04093, dedicated latents: arXiv 2602.11729.
+--key=value sets any key of the config below. A run writes one folder: metrics.jsonl,
+checkpoint.pt, the weights (for CrossCoder.from_pretrained), wandb/ and the page of report.py.
+
+Crosscoders: transformer-circuits.pub/2024/crosscoders. BatchTopK: arXiv 2412.06410. Auxiliary
+loss: arXiv 2406.04093. Dedicated latents: arXiv 2602.11729.
 """
 
 import ast
@@ -30,10 +29,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# Huge pages save a tenth of a step. Torch reads this once, when it is imported.
+# Huge pages save a tenth of a step. Torch reads this variable once, when it is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of what is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import numpy as np
 import pandas as pd
@@ -44,73 +43,68 @@ import wandb
 from accelerate import PartialState
 from accelerate.utils import gather, pad_across_processes, reduce
 from datasets import load_from_disk
-from einops import einsum
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import save_model
 from torch import nn
 
-# --- Config, command line, processes --------------------------------------------------------------
+# --- Config, command line, files ------------------------------------------------------------------
 
 config = dict(
     # I/O and logging
-    out_dir="",  # folder of the run; empty makes a new one, out/DATA-VARIANT-TIME
-    resume=False,  # go on from out_dir's checkpoint, with its config and what is given beside it
+    out_dir="",  # folder of the run; empty: a new one, out/DATA-VARIANT-TIME
+    resume=False,  # continue the run in out_dir; other keys that are given override its own
     save_every=500,  # steps between checkpoints; 0: only at the end
     log_every=50,  # steps between rows of metrics
     eval_every=500,  # steps between validations; 0: only at the end
     wandb_mode="offline",  # offline, online or disabled
-    wandb_project="crosscoder",  # name of the project there
+    wandb_project="crosscoder",  # name of the project in wandb
     # data
-    data="toy",  # toy, toy-hard, stream (harvests meanwhile; collect.py's keys), or a store's path
-    val_tokens=8192,  # rows held out for validation: those of the last texts; 0: none
+    data="toy",  # toy, path of a store, or stream (collects while training; takes its keys, too)
+    val_tokens=8192,  # rows held out for validation; 0: none
     batch_size=1024,  # tokens per step, over all processes
     # model and losses
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
-    basis="plain",  # plain: of (A, B); delta: of (A, B - A made as large), for narrow fine-tunes
-    d_hidden=512,  # latents
-    dedicated=0.0,  # share of the latents that belong to A alone, and as many to B alone
-    k=32,  # active latents per token: of each (topk), on average over the batch (batchtopk)
-    l1_coeff=2.0,  # weight of the L1 term (vanilla)
-    aux_coeff=-1.0,  # weight of the auxiliary loss on dead latents; -1: 1/32, or 0 for vanilla
+    basis="plain",  # plain: learns (A, B); delta: learns (A, B - A), both scaled to the same norm
+    d_hidden=512,  # number of latents
+    dedicated=0.0,  # share of latents that only A may use; B gets the same share for itself
+    k=32,  # active latents per token: at most (topk) or on average over the batch (batchtopk)
+    l1_coeff=2.0,  # weight of the L1 loss (vanilla)
+    aux_coeff=1 / 32,  # weight of the auxiliary loss, which revives dead latents
     k_aux=64,  # dead latents per token that the auxiliary loss uses
-    dead_after=0,  # tokens without firing: then it is dead; 0: 5% of the run's, at most 10 million
+    dead_after=0,  # tokens without firing until a latent is dead; 0: 5% of all, at most 10M
     # optimiser
-    steps=1500,  # batches to train on
+    steps=1500,  # number of batches
     lr=0.0,  # peak learning rate; 0: 3e-3 * sqrt(512 / d_hidden)
-    beta1=0.9,  # Adam's decay of the mean of the gradient
-    beta2=0.999,  # and of its square
-    grad_clip=1.0,  # largest norm of the gradient; 0: any
+    beta1=0.9,  # Adam's decay of the mean gradient
+    beta2=0.999,  # Adam's decay of the mean squared gradient
+    grad_clip=1.0,  # largest norm of the gradient; 0: no limit
     # system
     device="auto",  # auto (cuda if there is one), cpu or cuda
-    seed=0,  # of the first weights, the order of the rows and the toy
+    seed=0,  # seeds the weights, the order of the rows and the toy
 )
-# What a value must be in, beside being of its default's type.
-at_least_0 = pd.Interval(0, 1e15, closed="left")
+# Allowed values. Numbers without an entry must be at least 0 and finite.
 at_least_1 = pd.Interval(1, 1e15, closed="left")
-from_0 = ["save_every", "eval_every", "l1_coeff", "dead_after", "lr", "grad_clip", "seed"]
-allowed = dict.fromkeys(from_0, at_least_0)
-allowed |= dict.fromkeys(["steps", "d_hidden", "k", "k_aux", "log_every"], at_least_1)
-allowed["aux_coeff"] = pd.Interval(-1, 1e15, closed="left")
-allowed["batch_size"] = pd.Interval(2, 1e9, closed="left")
+allowed = dict.fromkeys(["steps", "d_hidden", "k", "k_aux", "log_every"], at_least_1)
+allowed["batch_size"] = pd.Interval(2, 1e9, closed="left")  # a variance takes two rows
 allowed["val_tokens"] = pd.Interval(0, 1e7, closed="left")
+allowed["dedicated"] = pd.Interval(0, 0.5, closed="both")
+allowed["beta1"] = allowed["beta2"] = pd.Interval(0, 1, closed="left")
 allowed["wandb_mode"] = ["offline", "online", "disabled"]
 allowed["variant"] = ["vanilla", "topk", "batchtopk"]
 allowed["basis"] = ["plain", "delta"]
-allowed["dedicated"] = pd.Interval(0, 0.5, closed="both")
-allowed["beta1"] = allowed["beta2"] = pd.Interval(0, 1, closed="left")
+
+DENSE = 1 / 20  # share of active latents above which dense products are faster than sparse ones
 
 
 def fail(message):
-    """Ends the program for a mistake of its user: one line, exit code 2."""
-    is_first = os.environ.get("RANK", "0") == "0"
-    if is_first or torch.distributed.is_initialized():  # before, all processes say the same
-        print(f"error: {message}", file=sys.stderr)
+    """Ends the program because of a mistake of its user: one line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextlib.contextmanager
 def explain(what, kind=Exception):
-    """Fails by one line if reading what a user gave raises that kind: libraries raise many."""
+    """Turns an exception of a library, raised while reading user input, into a one-line error."""
     try:
         yield
     except kind as e:
@@ -118,7 +112,7 @@ def explain(what, kind=Exception):
 
 
 def read_command_line(argv, file):
-    """{key: text} of argv's --key=text. --help prints that file down to the end of its config."""
+    """Returns {key: text} for the --key=text in argv. --help prints `file` down to its config."""
     if "--help" in argv:
         print(Path(file).read_text(encoding="utf-8").partition("\n)\n")[0])
         raise SystemExit(0)
@@ -126,252 +120,171 @@ def read_command_line(argv, file):
 
 
 def checked(values, defaults, allowed):
-    """
-    The defaults with those values, each of its default's type; of texts what Python reads in them.
-    Ends the program at a key that is none, or a value that is not allowed.
+    """Returns the defaults, updated with `values` {key: value or its text}. Ends the program at an
+    unknown key, a value that is not of its default's type, or one that is not allowed.
     """
     settings = dict(defaults)
     for key, value in values.items():
         if key not in defaults:
-            near = difflib.get_close_matches(key.strip("-"), defaults, 1, 0)[0]
+            near = difflib.get_close_matches(key.strip("-"), defaults, n=1, cutoff=0)[0]
             fail(f"{key}: expected --key=value, the nearest key is --{near}")
-        kind = type(defaults[key])
+        default = defaults[key]
+        kind = type(default)
         what = f"--{key}={value}: expected {kind.__name__} {allowed.get(key, '')}"
         with explain(what):
-            if kind is not str and isinstance(value, str):
-                value = ast.literal_eval(value)
-            settings[key] = kind(value)  # 1e6 is an integer, too
-            is_allowed = key not in allowed or value in allowed[key]
-        is_switch = isinstance(value, bool)  # which Python would take for a number
-        if settings[key] != value or is_switch != (kind is bool) or not is_allowed:
-            fail(what)
+            if kind is not str:
+                value = ast.literal_eval(str(value))
+            new = kind(value)  # --steps=1e6 is an int, too
+            assert new == value and isinstance(value, bool) == (kind is bool), "another type"
+            assert kind is str or min(0, default) <= new < 1e15, "too small or too large"
+            assert new in allowed.get(key, [new]), "not allowed"
+        settings[key] = new
     return settings
 
 
 def set_up(name):
-    """The device of this process, which joins the others if torchrun started it."""
+    """Returns this process's device, and connects the processes that torchrun started."""
     device = PartialState(cpu=name == "cpu" or not torch.cuda.is_available()).device
     if name not in ("auto", device.type):
         fail(f"--device={name}: the device here is {device}")
     return device
 
 
-def world():
-    """(rank, number of processes): the place of this process among those that torchrun started."""
-    state = PartialState()
-    return state.process_index, state.num_processes
-
-
 def write_atomically(path, write):
-    """write(another path), which then takes the place of `path`, never half-written."""
+    """Writes a file by write(temporary path), then renames it: `path` is never half-written."""
     part = path.with_name(path.name + ".part")
     try:
         with explain(f"{path} cannot be written (is there room on the disk?)"):
             write(part)
-            with open(part, "rb") as written:
-                os.fsync(written)  # a power cut must not find the new name before what it names
-            os.replace(part, path)
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-# --- Data: n_models, d_model, batch(step) and validation() of raw activations [rows, model, d] ----
+# --- Data: raw activations, as the models put them out --------------------------------------------
 
-# batch(step), this process's rows, must depend on (seed, step) alone: a run that goes on starts in
-# the middle. It is called by another thread, while the step before is trained.
+# For data of your own, call train(config, data=...) with an object that has n_models, d_model,
+# held_out [rows, n_models, d_model], and batch(step), which returns this process's rows [n,
+# n_models, d_model]. A thread calls batch one step ahead. The same step must always give the same
+# rows, so that a run can be resumed.
 
 
 class Toy:
-    """Activations of two models with planted features, endless, a function of (seed, step)."""
+    """Sparse sums of 256 planted features: A and B share 192, and each has 32 of its own."""
 
     n_models = 2
     d_model = 128
-    # Of each kind how many, their size in A and in B, and about the tangent by which B's turns.
-    kinds = {
-        "shared": (192, 1, 1, 0.2),
-        "base-only": (32, 2**0.5, 0, 0),
-        "fine-tuned-only": (32, 0, 2**0.5, 0),
-    }
-    often = np.linspace(1, 3, 256) * 28 / 512  # share of tokens a feature is active in, by rank
-    n_free = 256  # later ranks are active only where their parent is, one of the first 16
+    kind = ["shared"] * 192 + ["base-only"] * 32 + ["fine-tuned-only"] * 32  # [feature]
 
     def __init__(self, config):
         self.config = config
         g = torch.Generator().manual_seed(config["seed"])
-        self.kind = []  # [feature]
-        directions = []
-        for kind, (n, size_a, size_b, turn) in self.kinds.items():
-            a, b = F.normalize(torch.randn(2, n, self.d_model, generator=g), dim=-1)
-            b = F.normalize(a + turn * b, dim=-1)
-            directions.append(torch.stack([size_a * a, size_b * b], dim=1))
-            self.kind += [kind] * n
-        self.directions = torch.cat(directions)  # [feature, model, d_model]
-
-        rng = np.random.default_rng(config["seed"])
-        rank = rng.permutation(len(self.kind))
-        parent_rank = np.where(rank < self.n_free, rank, rng.integers(16, size=len(rank)))
-        self.parent = rank.argsort()[parent_rank]  # a feature of that rank; often itself
-        self.chance = self.often[rank] / np.where(rank < self.n_free, 1, self.often[parent_rank])
+        d = F.normalize(torch.randn(256, 2, self.d_model, generator=g), dim=-1)
+        d[:, 1] = F.normalize(d[:, 0] + 0.2 * d[:, 1], dim=-1)  # B turns by 11 degrees
+        d[192:] *= 2**0.5  # one model alone has as much as both
+        d[192:224, 1] = 0
+        d[224:, 0] = 0
+        self.directions = d  # [feature, model, d_model]
+        self.held_out = self.rows(config["val_tokens"], key=0)
 
     def rows(self, n, key):
-        """n rows, a function of (seed, key)."""
+        """Returns n rows [n, model, d_model], which depend on the seed and the key alone."""
         rng = np.random.default_rng([self.config["seed"], key])
-        active = rng.random((n, len(self.kind))) < self.chance
-        active &= active[:, self.parent]
-        f = torch.tensor(active * rng.lognormal(0, 0.25, active.shape), dtype=torch.float)
-        x = einsum(f, self.directions, "batch feature, feature model d -> batch model d")
-        return x + 0.02 * torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
+        f = rng.lognormal(0, 0.25, (n, 256))
+        f *= rng.random((n, 256)) < 28 / 256  # 28 features are active on average
+        x = np.tensordot(f, self.directions, axes=1)
+        return torch.from_numpy(x + 0.02 * rng.standard_normal(x.shape)).float()
 
     def batch(self, step):
-        rank, n_processes = world()
-        return self.rows(self.config["batch_size"], step + 1).chunk(n_processes)[rank]
-
-    def validation(self):
-        return self.rows(self.config["val_tokens"], 0).split(1024)
-
-
-class HardToy(Toy):
-    """The toy with Zipf frequencies over two decades, nested features, and some turned by 60°."""
-
-    kinds = {
-        "shared": (128, 1, 1, 0.2),
-        "turned shared": (32, 1, 1, 3**0.5),
-        "base-only": (48, 1, 0, 0),
-        "fine-tuned-only": (48, 0, 1, 0),
-    }
-    often = 0.5 / np.linspace(1, 100, 256)
-    n_free = 128
+        process = PartialState()
+        rows = self.rows(self.config["batch_size"], key=step + 1)
+        return rows.chunk(process.num_processes)[process.process_index]
 
 
 class Store:
-    """
-    A folder with a Hugging Face dataset for each model, row i of one being row i of the others:
-    `activation` (floats, lists of one length) and, if collect.py wrote it, token, doc and pos, docs
-    and meta.json. Batches are shuffled over all rows, anew each epoch, a function of (seed, step);
-    rows too few for another batch are left out of an epoch. The last docs are held out, as many as
-    have val_tokens rows, so that no row of theirs is trained on; without docs the last rows.
+    """Reads a folder with one Hugging Face dataset per model. The column `activation` has lists of
+    d_model floats. All other columns must be equal in the datasets, because row i is the same token
+    in each. Every epoch shuffles the training rows anew. It leaves out the last few, which do not
+    fill a batch. Held out are the last docs (texts), whole, as many as have val_tokens rows.
     """
 
     n_models = 2
     names = ("base", "finetuned")
-    docs = None
 
     def __init__(self, config):
         self.config = config
         self.path = Path(config["data"])
         what = f"--data={self.path}: neither toy, nor stream, nor a store of aligned rows of floats"
         with explain(what):
-            self.stored = [
-                load_from_disk(self.path / name).with_format("arrow") for name in self.names
-            ]
-            indices = [self.index(dataset.data) for dataset in self.stored]
-            of_a = indices[0]
-            for of_b in indices[1:]:
-                for name in of_a.keys() & of_b:
-                    np.testing.assert_array_equal(of_a[name], of_b[name], name)
-            (self.d_model,) = of_a["length of activation"].unique().to_pylist()
-            self.doc = np.arange(len(self.stored[0]))  # each row as if it were a text
-            if (self.path / "meta.json").exists():
-                self.read_meta(of_a)
-        last_of_doc = np.bincount(self.doc).cumsum()
-        later = len(self.doc) - last_of_doc[self.doc]  # of each row, how many are of later docs
-        is_held_out = later < config["val_tokens"]  # whole docs: val_tokens rows or just over
-        self.train_rows = np.flatnonzero(~is_held_out)
-        self.val_rows = np.flatnonzero(is_held_out)
-        if len(self.train_rows) < config["batch_size"]:
-            fail(f"{what}: of {len(self.doc)} rows {len(self.train_rows)} are left to train on")
-
-    def index(self, table):
-        """The columns that must be alike in all models, {name: integers [n_rows]}."""
-        columns = {"length of activation": pc.list_value_length(table.column("activation"))}
-        for name in {"token", "doc", "pos"}.intersection(table.column_names):
-            columns[name] = table.column(name).cast("int64")
-        return columns
-
-    def read_meta(self, index):
-        """What collect.py says of the models, the texts, and which token a row is."""
-        self.meta = json.loads((self.path / "meta.json").read_text())
-        docs = load_from_disk(self.path / "docs")
-        self.docs = docs["input_ids"]
-        self.sources = docs["source"]
-        self.doc = index["doc"].to_numpy()
-        self.pos = index["pos"].to_numpy()
-        ids = docs.data.column("input_ids").combine_chunks()
-        n = ids.value_lengths().to_numpy()
-        place = (n.cumsum() - n)[self.doc] + self.pos  # among the tokens of all docs
-        ids = ids.flatten().cast("int64").to_numpy()
-        np.testing.assert_array_equal(ids[place], index["token"], "tokens, of docs")
-        if np.bincount(place).max() > 1:
-            raise ValueError("a token of docs has two rows")
+            stored = [load_from_disk(self.path / name) for name in self.names]
+            self.stored = [dataset.with_format("arrow") for dataset in stored]
+            frames = []  # all columns that must be equal
+            for dataset in stored:
+                table = dataset.data.table
+                d_model = pc.list_value_length(table["activation"]).to_numpy()
+                frame = table.drop_columns("activation").to_pandas().assign(d_model=d_model)
+                frames.append(frame)
+            for frame in frames[1:]:
+                for name in frame.columns.union(frames[0].columns):
+                    np.testing.assert_array_equal(frames[0][name], frame[name], name)
+            (self.d_model,) = set(d_model.tolist())
+            self.doc = frame.get("doc", frame.index).to_numpy()  # else each row is its own doc
+            last_docs = np.sort(self.doc)[::-1][: config["val_tokens"]]  # those of so many rows
+            is_held_out = np.isin(self.doc, last_docs)
+            self.train_rows = np.flatnonzero(~is_held_out)
+            self.val_rows = np.flatnonzero(is_held_out)
+            n = len(self.train_rows)
+            assert n >= config["batch_size"], f"{n} of {len(frame)} rows are left to train on"
+        self.held_out = self.read(self.val_rows)
 
     @functools.lru_cache(2)
     def shuffled(self, epoch):
-        """The rows to train on, in the order of that epoch."""
+        """Returns the training rows in the order of that epoch."""
         return np.random.default_rng([self.config["seed"], epoch]).permutation(self.train_rows)
 
     def read(self, rows):
-        """The activations [len(rows), model, d_model] of those rows, in the store's float type."""
-        columns = [
-            dataset[rows]["activation"].combine_chunks().flatten() for dataset in self.stored
-        ]
-        parts = [column.to_numpy().reshape(len(rows), self.d_model) for column in columns]
-        x = np.stack(parts, axis=1)
-        bad = rows[~np.isfinite(x).all((1, 2))]
+        """Returns these rows' raw activations [n, model, d_model], in the store's float type."""
+        columns = [dataset[rows]["activation"].combine_chunks() for dataset in self.stored]
+        parts = [column.flatten().to_numpy().reshape(-1, self.d_model) for column in columns]
+        raw = np.stack(parts, axis=1)
+        bad = rows[~np.isfinite(raw).all((1, 2))]
         if len(bad):
             fail(f"{self.path}: row {bad[0]} holds nan or inf")
-        return torch.from_numpy(x)
+        return torch.from_numpy(raw)
 
     def batch(self, step):
         size = self.config["batch_size"]
-        rank, n_processes = world()
         epoch, i = divmod(step, len(self.train_rows) // size)
         rows = self.shuffled(epoch)[i * size : (i + 1) * size]
-        return self.read(rows[rank::n_processes])
-
-    def validation(self):
-        for start in range(0, len(self.val_rows), 1024):
-            yield self.read(self.val_rows[start : start + 1024])
-
-
-def prefetched(data, first, end):
-    """Yields (step, its batch), from first to before end; a thread reads the next one meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(data.batch, first)
-        for step in range(first, end):
-            x = coming.result()
-            if step + 1 < end:
-                coming = thread.submit(data.batch, step + 1)
-            yield step, x
+        process = PartialState()
+        return self.read(rows.reshape(process.num_processes, -1)[process.process_index])
 
 
 # --- Crosscoder -----------------------------------------------------------------------------------
 
 
-def mean_size(y):
-    """Mean norm of y [batch, n, d] over sqrt(d), of all processes' batches: [n]."""
-    return reduce(y.norm(dim=-1).mean(0)) / y.shape[-1] ** 0.5
+def mean_size(x):
+    """Returns the mean norm of x [batch, n, d], divided by sqrt(d): [n]."""
+    return x.norm(dim=-1).mean(0) / x.shape[-1] ** 0.5
 
 
-def mean_square(y):
-    """Mean over the batch of the sum of the squares of y [batch, d]."""
-    return y.norm(dim=1).square().mean()
-
-
-def among_largest(y, k):
-    """Which of y [batch, n] are among the k largest of their row, or as large: [batch, n]."""
+def topk_mask(y, k):
+    """Returns the top-k mask of each row of y [batch, n]. Ties with the k-th largest are in it."""
     return y >= y.topk(min(k, y.shape[1])).values[:, -1:]
 
 
-class CrossCoder(nn.Module, PyTorchModelHubMixin):
-    """
-    A sparse dictionary over the activations of n_models models. encode, decode and forward take and
-    return raw ones. from_pretrained("out/RUN"), save_pretrained, push_to_hub are huggingface_hub's.
-    Parameters: W_enc, W_dec [d_hidden, n_models, d_model], b_enc [d_hidden], b_dec [n_models,
-    d_model]. Buffers: scale [n_models], sqrt(d_model) / mean norm of each model's activations; mix
-    [n_models, n_models] from raw activations to what the parameters are of: diag(scale), or in the
-    basis "delta" to A and to B - A made as large; owned [d_hidden, n_models, 1], 0 where a latent
-    has no weights: of dedicated * d_hidden for each model, the first model's come first. And those
-    that training moves, in `track`.
+class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generic.item, None)}):
+    """A sparse dictionary for the activations of n_models models. encode, decode, forward and
+    losses work on raw activations [batch, n_models, d_model], which they scale first.
+
+    Parameters: W_enc and W_dec [d_hidden, n_models, d_model], b_enc [d_hidden] and b_dec [n_models,
+    d_model]. Buffers: scale [n_models] is sqrt(d_model) / mean norm of each model's activations.
+    to_scaled [n_models, n_models] maps raw activations to scaled ones; in the basis "delta" it also
+    subtracts A from B. mask [d_hidden, n_models, 1] is 0 for the model that a dedicated latent must
+    not use: first come those of A, then those of B. since_fired [d_hidden] counts the tokens since
+    each latent fired. threshold [] is a running mean of the lowest score (pre-activation * decoder
+    norm) that batchtopk keeps. In eval mode it keeps the scores >= threshold instead, so that a
+    token's code does not depend on its batch.
     """
 
     def __init__(
@@ -384,314 +297,265 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin):
         self.basis = basis
         self.dedicated = dedicated
         n_own = min(round(dedicated * d_hidden), d_hidden // n_models)
-        owned = torch.ones(d_hidden, n_models, 1)
-        owned[: n_models * n_own, :, 0] = torch.eye(n_models).repeat_interleave(n_own, dim=0)
-        self.owned = nn.Buffer(owned, persistent=False)
-        W = 0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1) * owned
+        mask = torch.ones(d_hidden, n_models, 1)
+        mask[: n_models * n_own, :, 0] = torch.eye(n_models).repeat_interleave(n_own, dim=0)
+        self.mask = nn.Buffer(mask, persistent=False)
+        W = 0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1) * mask
         self.W_dec = nn.Parameter(W)
         self.W_enc = nn.Parameter(W.clone())
         self.b_enc = nn.Parameter(torch.zeros(d_hidden))
         self.b_dec = nn.Parameter(torch.zeros(n_models, d_model))
         self.scale = nn.Buffer(torch.ones(n_models))
-        self.mix = nn.Buffer(torch.eye(n_models))
+        to_scaled = torch.eye(n_models)
+        if basis == "delta":
+            to_scaled[1:, 0] = -1  # B - A
+        self.to_scaled = nn.Buffer(to_scaled)
         self.threshold = nn.Buffer(torch.zeros(()))
         self.since_fired = nn.Buffer(torch.zeros(d_hidden, dtype=torch.long))
-
-    def activate(self, pre, latent=...):
-        """
-        f of the pre-activations `pre` [batch, d_hidden], or of some [n] that are of the latents
-        `latent` [n], by which to index a parameter of the latents. f and its gradient must be 0
-        where pre <= 0. Whatever f is, topk and batchtopk choose by pre, and vanilla takes all that
-        are over 0: an activation that makes some of them 0, such as JumpReLU, goes with vanilla.
-        """
-        return F.relu(pre)
 
     def _save_pretrained(self, folder):
         path = folder / "model.safetensors"
         write_atomically(path, lambda part: save_model(self, part))
 
     @torch.no_grad()
-    def start_at(self, x):
-        """Fits scales and biases of a new model to raw x [batch, n_models, d_model]."""
-        x = x.to(self.mix)
-        self.scale.copy_(1 / mean_size(x))
-        self.mix.copy_(self.scale.diag())
-        if self.basis == "delta":
-            per_size = 1 / mean_size(x[:, 1:] - x[:, :1])
-            self.mix[1:, 0] = -per_size
-            self.mix[1:, 1:] = per_size.diag()
-        y = self.scaled(x)
-        varies = y.var(0).sum(-1) > 1e-9 * y.square().sum(-1).mean(0)  # False where it is nan, too
-        if not varies.all():
-            fail("nothing to explain: rows alike, too large, or the models do not differ here")
-        self.b_dec.copy_(reduce(y.mean(0)))  # so that few latents die
-        self.b_enc.copy_(-einsum(self.W_enc, self.b_dec, "latent model d, model d -> latent"))
-        self.encode(x[:32])  # for a threshold: near it `choose` looks first
+    def start_at(self, raw):
+        """Fits the scales, biases and threshold of a new model to the first batch. Each process
+        uses the rows of all, so that the number of processes does not matter.
+        """
+        raw = gather(raw.to(self.scale))
+        self.scale.copy_(1 / mean_size(raw))
+        self.to_scaled /= mean_size(self.scaled(raw))[:, None]
+        x = self.scaled(raw)
+        if not (x.var(0).mean(-1) > 1e-9).all():  # this catches nan, too
+            fail(
+                "nothing to explain: rows are alike or too large, or the models do not differ here"
+            )
+        # start at the mean, pre = W_enc @ (x - mean): few latents die then
+        self.b_dec.copy_(x.mean(0))
+        self.b_enc.copy_(-self.W_enc.flatten(1) @ self.b_dec.flatten())
+        self.encode(raw[:32])  # sets a first threshold
         self.since_fired.zero_()
 
-    def scaled(self, x):
-        """Raw activations [batch, n_models, d_model] -> those that the parameters are of."""
-        return self.mix @ x.to(self.mix)
+    def scaled(self, raw):
+        """Returns the scaled activations x, which the parameters work on."""
+        return self.to_scaled @ raw.to(self.to_scaled)
 
-    def unscaled(self, y):
-        """The inverse of `scaled`."""
-        return self.mix.double().inverse().to(y) @ y
+    def unscaled(self, x):
+        """Returns raw activations, as the inverse of `scaled`."""
+        return self.to_scaled.double().inverse().to(x) @ x
 
-    def in_models(self, y):
-        """Decoder vectors or their sums [n, n_models, d_model] as each model's, times its scale."""
-        return self.unscaled(y) * self.scale[:, None]
+    def in_models(self, W):
+        """Maps decoder vectors [n, n_models, d_model] to each model's raw activations, times that
+        model's scale, so that models can be compared.
+        """
+        return self.unscaled(W) * self.scale[:, None]
 
     def decoder_norm(self):
-        """[d_hidden]: sum over the models of the norms of a latent's decoder vectors."""
+        """Returns the norms of each latent's decoder vectors, summed over models [d_hidden]."""
         return self.W_dec.norm(dim=-1).sum(1)
 
-    def own(self, W):
-        """The weights W, but that those that a dedicated latent does not have are and stay 0."""
-        return W * self.owned if self.dedicated else W
+    def flat(self, W):
+        """Returns W as [d_hidden, n_models * d_model], masked, so that its gradient is, too."""
+        return (W * self.mask if self.dedicated else W).flatten(1)
 
-    def batch_cut(self, score, batch):
-        """The least of the k * batch largest scores of all processes; 0 if too few are over 0."""
-        every = gather(pad_across_processes(score.flatten()))
-        every = F.pad(every, (0, 1))  # a 0, the least if there are no more
-        n = min(self.k * batch * world()[1], len(every))
-        return every.topk(n, sorted=False).values.min()
+    def activate(self, pre, latent):
+        """Returns f for the pre-activations pre, [n] or in a dense code [batch, d_hidden]. Index a
+        parameter of the latents by `latent`: p[latent] fits both. f and its gradient must be 0
+        where pre <= 0. Use an activation like JumpReLU with vanilla: the others choose by pre.
+        """
+        return F.relu(pre)
 
-    def encode(self, x):
-        """
-        Raw activations [batch, n_models, d_model] -> latent activations f [batch, d_hidden]. In
-        training mode it moves on what `track` says.
-        """
-        x = self.scaled(x)
-        W_enc = self.own(self.W_enc)
-        pre = einsum(x, W_enc, "batch model d, latent model d -> batch latent") + self.b_enc
-        f = self.activate(pre)
-        score = (F.relu(pre) * self.decoder_norm()).detach()
-        if self.variant == "topk":
-            is_active = among_largest(score, self.k)
-        elif self.variant == "batchtopk" and self.training:
-            is_active = score >= self.batch_cut(score, len(x))
-        else:
-            is_active = score >= self.threshold  # which is 0 in vanilla
-        f = f * is_active
-        if self.training:
-            row, latent = f.nonzero(as_tuple=True)
-            self.track(score[row, latent], latent, len(x))
-        return f
+    def encode(self, raw):
+        """Returns the latent activations f [batch, d_hidden]."""
+        code, _ = self.sparse_encode(
+            self.scaled(raw).flatten(1), self.flat(self.W_enc), self.decoder_norm()
+        )
+        return code.value.new_zeros(code.shape).index_put((code.row, code.latent), code.value)
 
     def decode(self, f):
-        """f [batch, d_hidden] -> raw activations [batch, n_models, d_model]."""
-        W_dec = self.own(self.W_dec)
-        x_hat = einsum(f, W_dec, "batch latent, latent model d -> batch model d") + self.b_dec
-        return self.unscaled(x_hat)
+        """Returns the raw reconstruction for f [batch, d_hidden]."""
+        x_hat = f @ self.flat(self.W_dec) + self.b_dec.flatten()
+        return self.unscaled(x_hat.unflatten(1, self.b_dec.shape))
 
-    def forward(self, x):
-        """Raw activations -> reconstructed ones, [batch, n_models, d_model]."""
-        return self.decode(self.encode(x))
+    def forward(self, raw):
+        """Returns the raw reconstruction."""
+        return self.decode(self.encode(raw))
 
-    @torch.no_grad()
-    def track(self, score, latent, batch):
+    def losses(self, raw, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead_after=torch.inf):
+        """Returns a dict with the losses of scaled activations: sums over models and d_model, means
+        over the batch. Minimise `loss`. In aux_loss, latents that did not fire for over dead_after
+        tokens reconstruct the error. Every number in the dict is logged. It also has x and error =
+        x_hat - x [batch, n_models, d_model], and fired [d_hidden], in how many rows each latent is
+        active.
         """
-        Moves on what training moves, as BatchNorm does, by the scores, pre-activation * decoder
-        norm, of what fires in a batch [n] and the latents that do [n]: threshold [], a running mean
-        of the least score, which one must reach in batchtopk's eval mode, so that a token's code
-        does not depend on its batch; and since_fired [d_hidden], the tokens since each one fired.
-        """
-        fired = reduce(latent.bincount(minlength=len(self.since_fired)).float())
-        self.since_fired += batch * world()[1]
-        self.since_fired[fired > 0] = 0
-        if self.variant == "batchtopk" and fired.any():
-            least = F.pad(score, (0, 1), value=torch.inf).min()  # a process may have none
-            least = -reduce(-least, "max")  # of all processes
-            is_first = self.threshold == 0  # it starts there, from no sentinel
-            self.threshold.lerp_(least, torch.where(is_first, 1.0, 0.1))
-
-    # --- The same, fast: what is 0 in f has no gradient, so that leaving it out is exact ---
-
-    @torch.no_grad()
-    def choose(self, x, W_enc, norm, dead, k_aux, look_over=0.9):
-        """
-        Two codes: the Entries that are active for scaled x [batch, n_models * d_model] by W_enc
-        [d_hidden, n_models * d_model], and those of the k_aux largest pre-activations of the `dead`
-        latents in each row. Training of batchtopk looks at scores over 0.9 of its threshold, and
-        again at all of them if the cut turns out lower.
-        """
-        is_searching = self.variant == "batchtopk" and self.training
-        cut = self.threshold  # 0 in other variants
-        if is_searching:
-            cut = look_over * cut
-        bound = 0.9999 * cut / norm  # in terms of the pre-activation; a hair low, for rounding
-        active, revived = [], []
-        first = 0
-        for block in x.split(1024):  # [batch, d_hidden] is never whole
-            pre = F.linear(block, W_enc, self.b_enc)
-            if self.variant == "topk":
-                is_active = among_largest(pre * norm, self.k)
-            else:
-                is_active = pre > bound
-            row, latent = is_active.nonzero(as_tuple=True)
-            active.append((first + row, latent, pre[row, latent]))
-            row, i = among_largest(pre[:, dead], k_aux).nonzero(as_tuple=True)
-            revived.append((first + row, dead[i], pre[row, dead[i]]))
-            first += len(pre)
-        row, latent, pre = map(torch.cat, zip(*active))
-        score = pre * norm[latent]
-        if is_searching:
-            least = self.batch_cut(score, len(x))
-            if least < cut:
-                return self.choose(x, W_enc, norm, dead, k_aux, look_over=0)
-            cut = least
-        keep = (score >= cut) & (pre > 0)
-        revived = Entries(*map(torch.cat, zip(*revived)))
-        return Entries(row[keep], latent[keep], pre[keep]), revived
-
-    def losses(self, x, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead_after=torch.inf):
-        """
-        The losses of raw x [batch, n_models, d_model]: `loss`, to be minimised, and its parts, of
-        scaled activations, means over the batch of sums over the rest. It is l2, in vanilla
-        + l1_coeff * l1, + aux_coeff * aux, in which the latents that are dead, silent for over
-        dead_after tokens, reconstruct what x_hat lacks. Any number put beside them is logged. And x
-        and error = x_hat - x, scaled, and `fired` [d_hidden], how often each latent did. x gets no
-        gradient.
-        """
-        x = self.scaled(x).detach()
-        y = x.flatten(1)
-        W_enc = self.own(self.W_enc).flatten(1)
-        W_dec = self.own(self.W_dec).flatten(1)
-        is_dead = self.since_fired > dead_after
-        dead = (is_dead & (aux_coeff > 0)).nonzero().flatten()
+        x = self.scaled(raw).flatten(1)
         norm = self.decoder_norm()
-        active, revived = self.choose(y, W_enc, norm, dead, k_aux)
-        latent = active.latent
+        W_enc = self.flat(self.W_enc)
+        W_dec = self.flat(self.W_dec)
+        dead = (self.since_fired > dead_after).nonzero().flatten()
+        f, fired = self.sparse_encode(x, W_enc, norm)
+        x_hat = f @ W_dec + self.b_dec.flatten()
+        error = x_hat - x
+        l2_loss = error.square().sum() / len(x)
+        l1_loss = (f.value * norm[f.latent]).sum() / len(x)
 
-        pre = EncodeAt.apply(y, W_enc, self.b_enc, active)
-        f = self.activate(pre, latent)
-        x_hat = DecodeAt.apply(active, f, W_dec, len(x))
-        error = x_hat + self.b_dec.flatten() - y
-        l2_loss = mean_square(error)
-        l1_loss = (f * norm[latent]).sum() / len(x)
         aux_loss = torch.zeros_like(l2_loss)
-        if len(dead):  # by pre-activations, so that it reaches those that are negative everywhere
-            pre_dead = EncodeAt.apply(y, W_enc, self.b_enc, revived)
-            e_hat = DecodeAt.apply(revived, pre_dead, W_dec, len(x))
-            aux_loss = mean_square(error.detach() + e_hat) * min(len(dead) / k_aux, 1)
+        if aux_coeff and len(dead):  # no ReLU: negative pre-activations get a gradient, too
+            with torch.no_grad():
+                select = functools.partial(topk_mask, k=k_aux)
+                code = entries_where(select, x, W_enc[dead], self.b_enc[dead])
+            code = code._replace(latent=dead[code.latent], shape=(len(x), len(norm)))
+            code = code._replace(value=EncodeAt.apply(code, x, W_enc, self.b_enc))
+            residual = x - x_hat.detach()
+            aux_loss = (residual - code @ W_dec).square().sum() / len(x)
+            aux_loss = aux_loss * min(len(dead) / k_aux, 1)
+
         loss = l2_loss + aux_coeff * aux_loss
         if self.variant == "vanilla":
             loss = loss + l1_coeff * l1_loss
-
-        fires = f > 0
-        fired = latent[fires].bincount(minlength=len(norm))
-        if self.training:
-            self.track((pre * norm[latent])[fires], latent[fires], len(x))
         losses = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, aux_loss=aux_loss)
-        losses |= dict(l0_loss=fired.sum() / len(x), dead_latents=is_dead.sum())
-        return losses | dict(x=x, error=error.view_as(x), fired=fired)
+        losses |= dict(l0_loss=fired.sum() / len(x), dead_latents=len(dead), fired=fired)
+        return losses | dict(x=x.view(raw.shape), error=error.view(raw.shape))
+
+    # --- Sparse: what is 0 in f gets no gradient, so that leaving it out is exact, and fast ---
+
+    def sparse_encode(self, x, W_enc, norm):
+        """Encodes scaled x [batch, n_models * d_model], given flat(W_enc) and decoder_norm().
+        Returns f as a SparseCode, and the number of rows in which each latent fires [d_hidden].
+        """
+        sample = F.linear(x[:8], W_enc, self.b_enc)
+        if self.variant == "vanilla" and (sample > 0).float().mean() > DENSE:  # early in training
+            cut = self.threshold  # which stays 0
+            row = torch.arange(len(x), device=x.device)[:, None]
+            latent = torch.arange(len(norm), device=x.device)
+            pre = F.linear(x, W_enc, self.b_enc)  # x @ W_enc.T + b_enc
+            code = SparseCode(row, latent, pre, pre.shape)
+        else:
+            code, cut = self.choose(x, W_enc, norm)
+            code = code._replace(value=EncodeAt.apply(code, x, W_enc, self.b_enc))
+        f = self.activate(code.value, code.latent)
+        fired = code.latent.expand_as(f)[f > 0].bincount(minlength=len(norm))
+        if self.training:  # update the buffers, as BatchNorm does
+            self.since_fired += len(x) * PartialState().num_processes
+            self.since_fired[reduce(fired.float()) > 0] = 0
+            is_first = self.threshold == 0
+            self.threshold.lerp_(cut, torch.where(is_first, 1.0, 0.1))
+        return code._replace(value=f), fired
+
+    @torch.no_grad()
+    def choose(self, x, W_enc, norm, search_from=0.9):
+        """Chooses the active latents by their scores, pre-activation * norm. Returns their
+        pre-activations as a SparseCode, and the cut: scores >= cut are kept. In training, batchtopk
+        first looks only at scores over 0.9 of its threshold. If they are too few, it looks at all.
+        """
+        norm = norm.clamp(min=1e-30)  # so that a latent whose decoder is 0 can recover
+        is_searching = self.variant == "batchtopk" and self.training
+        cut = self.threshold  # 0 in vanilla and topk
+        if is_searching:
+            cut = search_from * cut
+        bound = 0.9999 * cut / norm  # for pre; slightly low, because of rounding
+
+        def is_candidate(pre):  # [rows, d_hidden]
+            if self.variant == "topk":
+                return topk_mask(pre * norm, self.k)
+            return pre > bound
+
+        code = entries_where(is_candidate, x, W_enc, self.b_enc)
+        score = code.value * norm[code.latent]
+        if is_searching:
+            n = self.k * len(x) * PartialState().num_processes
+            scores = F.pad(gather(pad_across_processes(score)), (0, n))  # 0 where there are too few
+            least = scores.topk(n, sorted=False).values.min()
+            if least < cut:
+                return self.choose(x, W_enc, norm, search_from=0)
+            cut = least
+        keep = score >= cut
+        return SparseCode(code.row[keep], code.latent[keep], code.value[keep], code.shape), cut
 
 
-class Entries(NamedTuple):
-    """Some entries of a matrix [batch, d_hidden], sorted by row, with pre-activations, each [n]."""
+class SparseCode(NamedTuple):
+    """A sparse matrix [batch, d_hidden]. It has the values `value` [n] in the rows `row` [n], which
+    are sorted, and the columns `latent` [n]. A dense one has row [batch, 1], latent [d_hidden] and
+    value [batch, d_hidden], so that an expression like value * norm[latent] is right for both.
+    """
 
     row: torch.Tensor
     latent: torch.Tensor
-    pre: torch.Tensor
+    value: torch.Tensor
+    shape: tuple
+
+    def __matmul__(self, W):
+        """Returns the product with W [d_hidden, d]: [batch, d]."""
+        if self.value.dim() == 2:
+            return self.value @ W
+        starts = torch.searchsorted(self.row, torch.arange(self.shape[0], device=W.device))
+        f = self.value.to(W)
+        return F.embedding_bag(self.latent, W, starts, per_sample_weights=f, mode="sum")
 
 
-def product(row, latent, f, W, n_rows):
-    """f @ W [n_rows, d] of a code that has the values f [n] at its entries, sorted by row."""
-    starts = torch.searchsorted(row, torch.arange(n_rows, device=W.device))
-    return F.embedding_bag(latent, W, starts, per_sample_weights=f.to(W), mode="sum")
-
-
-def transposed_product(row, latent, f, x, d_hidden):
-    """code.T @ x [d_hidden, d] of x [batch, d] and such a code [batch, d_hidden]."""
-    order = latent.int().argsort(stable=True)
-    return product(latent[order], row[order], f[order], x, d_hidden)
+def entries_where(select, x, W, b):
+    """Computes pre = x @ W.T + b in blocks of rows, because it is large. Returns the entries where
+    select(pre) is True, as a SparseCode.
+    """
+    blocks = []
+    for first in range(0, len(x), 1024):
+        pre = F.linear(x[first : first + 1024], W, b)
+        row, column = select(pre).nonzero(as_tuple=True)
+        blocks.append((first + row, column, pre[row, column]))
+    row, column, value = map(torch.cat, zip(*blocks))
+    return SparseCode(row, column, value, (len(x), len(W)))
 
 
 class EncodeAt(torch.autograd.Function):
-    """
-    The pre-activations [n] that `choose` found at the Entries of a code, as x @ W_enc.T + b_enc
-    of x [batch, d], W_enc [d_hidden, d] and b_enc [d_hidden]. x gets no gradient.
-    """
+    """Gives the values of a SparseCode, computed by entries_where, their gradient by x, W and b."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, code):
-        ctx.save_for_backward(x, b_enc, code.row, code.latent)
-        return code.pre.clone()
+    def forward(ctx, code, x, W, b):
+        ctx.save_for_backward(x, W, code.row, code.latent)
+        ctx.shape = code.shape
+        return code.value
 
     @staticmethod
     def backward(ctx, grad):
-        x, b_enc, row, latent = ctx.saved_tensors
-        grad_W = transposed_product(row, latent, grad, x, len(b_enc))
-        return None, grad_W, latent.bincount(grad, len(b_enc)), None
+        x, W, row, latent = ctx.saved_tensors
+        i = latent.int().argsort(stable=True)
+        transposed = SparseCode(latent[i], row[i], grad[i], ctx.shape[::-1])
+        grad_x = SparseCode(row, latent, grad, ctx.shape) @ W if ctx.needs_input_grad[1] else None
+        grad_b = transposed @ x.new_ones(len(x), 1)
+        return None, grad_x, transposed @ x, grad_b.squeeze(1)
 
 
-class DecodeAt(torch.autograd.Function):
-    """
-    `product` of values f [n] at the Entries of a code and W [d_hidden, d], but that its gradients
-    read each row of W once: worth 7% of a step.
-    """
-
-    @staticmethod
-    def forward(ctx, code, f, W, n_rows):
-        ctx.save_for_backward(code.row, code.latent, f, W)
-        return product(code.row, code.latent, f, W, n_rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        row, latent, f, W = ctx.saved_tensors
-        f = f.detach().requires_grad_()
-        with torch.enable_grad():
-            grad_W = transposed_product(row, latent, f, grad, len(W))
-        # <grad, code @ W> = <code.T @ grad, W>: that is a way to the gradient of its values
-        (grad_f,) = torch.autograd.grad(grad_W, f, W)
-        return None, grad_f, grad_W.detach(), None
-
-
-# --- Measures -------------------------------------------------------------------------------------
+# --- Metrics --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def sums(losses):
-    """What `metrics` needs of model.losses(x): sums over rows, which add up over batches."""
-    rows = losses["loss"].new_tensor(len(losses["x"]), dtype=torch.double)
-    found = {name: rows * y for name, y in losses.items() if np.ndim(y) == 0}
-    y = torch.stack([losses["x"], losses["error"]]).double()
-    found |= dict(rows=rows, fired=losses["fired"].double(), x=y[0].sum(0))
-    found["squares"] = einsum(y, y, "which row i d, which row j d -> which i j")
-    return found
-
-
-def metrics(model, parts):
+def metrics(model, losses):
+    """Returns {name: tensor []} of the numbers in model.losses(raw) and of explained variances: of
+    scaled activations, of the raw ones of each model (_A, _B), and of B - A (_difference).
+    Explained variance is 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, with sums over the rows.
     """
-    Of a list of `sums` the numbers, as means over rows, with explained variances, and how often
-    each latent fires [d_hidden]. Explained variance, 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2,
-    is a ratio of sums over all rows: of scaled x, of each model, of the last's difference from A.
-    """
-    total = {name: sum(part[name] for part in parts) for name in parts[0]}
-    n = total.pop("rows")
-    frequency = total.pop("fired") / n
-    x = total.pop("x")
-    square, error = total.pop("squares")
-    variance = square - x @ x.T / n
-    row = {name: (y / n).item() for name, y in total.items()}
-    row["explained_variance"] = (1 - error.trace() / variance.trace()).item()
-    models = model.mix.double().inverse()  # row m: model m's activation by those that x is of
-    views = dict(zip("ABCDEFGH", models), difference=models[-1] - models[0])
-    for name, view in views.items():
-        of_view = view @ variance @ view
-        if of_view > 0:
-            row[f"explained_variance_{name}"] = (1 - view @ error @ view / of_view).item()
-    return row, frequency
+    x = losses["x"].double()
+    row = {name: torch.as_tensor(y).to(x) for name, y in losses.items() if np.ndim(y) == 0}
+    both = torch.stack([x, x + losses["error"]])  # x and x_hat, [2, row, model, d_model]
+    raw = model.unscaled(both)
+    views = {"": both, "_difference": raw[:, :, -1] - raw[:, :, 0]}
+    views |= {f"_{letter}": of_model for letter, of_model in zip("ABCDEFGH", raw.unbind(2))}
+    for name, (y, y_hat) in views.items():
+        error = (y - y_hat).square().sum()
+        row[f"explained_variance{name}"] = 1 - error / (y - y.mean(0)).square().sum()
+    return row
 
 
 @torch.no_grad()
 def validate(model, data, l1_coeff):
-    """Of held-out rows, in eval mode: metrics, and how often each latent fires [d_hidden]."""
+    """Puts the model into eval mode. Returns metrics of the held-out rows, and the share of these
+    rows in which each latent fires [d_hidden].
+    """
     model.eval()
-    parts = [sums(model.losses(x, l1_coeff)) for x in data.validation()]
-    row, frequency = metrics(model, parts)
-    row["dead_latents"] = (frequency == 0).sum().item()
-    return row, frequency
+    losses = model.losses(data.held_out, l1_coeff)
+    row = metrics(model, losses)
+    row["dead_latents"] = (losses["fired"] == 0).sum()
+    return row, losses["fired"].double() / len(data.held_out)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -700,134 +564,109 @@ stop_signals = []  # received so far
 
 
 def stop_soon(number, _):
-    """Handler of a signal: training ends after its step, or at its second time at once."""
+    """Handles a signal: training stops after its step, and at a second signal at once."""
     stop_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
 
 
 def warm_up(step, steps):
-    """Factor of l1_coeff: linear from 0 in the first 5% of the steps."""
+    """Returns a factor that rises linearly to 1 over the first 5% of the steps."""
     return min(1, (step + 1) / (0.05 * steps))
 
 
 def lr_factor(step, steps):
-    """Factor of lr: warm-up, constant, linear to 0 over the last 20% of the steps."""
+    """Returns the factor of lr: warm-up, then constant, then linear to 0 over the last 20%."""
     return min(warm_up(step, steps), (steps - step) / (0.2 * steps))
 
 
 def is_due(step, every, steps):
-    """Whether to do now what is done every so many steps, and at the last one; 0: only at that."""
-    return step == steps or (every > 0 and step % every == 0)
+    """True at every `every`-th step and at the last one. every=0 means only at the last."""
+    return step == steps or step % (every or steps) == 0
 
 
-def resolve(config, is_new=True):
-    """The config with its by-rule values; ends the program if two values do not go together."""
+def resolve(config):
+    """Returns the config with values filled in by rule. Ends the program if two do not fit."""
     if config["variant"] != "vanilla" and config["k"] > config["d_hidden"]:
         fail(f"--k={config['k']} is larger than --d_hidden={config['d_hidden']}")
-    if config["batch_size"] % world()[1]:
-        fail("--batch_size is no multiple of the processes")
-    if is_new and Path(config["out_dir"], "checkpoint.pt").exists():
-        fail(f"--out_dir={config['out_dir']} holds a run already, which goes on by --resume=True")
+    if config["batch_size"] % PartialState().num_processes:
+        fail("--batch_size is not a multiple of the number of processes")
     if config["dedicated"] and config["basis"] != "plain":
         fail("--dedicated is for the plain basis only")
-    when = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    name = f"out/{Path(config['data']).name}-{config['variant']}-{when}"
+    name = f"{Path(config['data']).name}-{config['variant']}-{time.strftime('%Y%m%d-%H%M%S')}"
     tokens = config["steps"] * config["batch_size"]
-    config = dict(config)
-    config["out_dir"] = config["out_dir"] or name
-    config["lr"] = config["lr"] or 3e-3 * (512 / config["d_hidden"]) ** 0.5
-    config["dead_after"] = config["dead_after"] or min(-(-tokens // 20), 10_000_000)
-    if config["aux_coeff"] < 0:
-        config["aux_coeff"] = 0.0 if config["variant"] == "vanilla" else 1 / 32
-    return config
+    return config | dict(
+        out_dir=config["out_dir"] or f"out/{name}-{os.urandom(2).hex()}",
+        lr=config["lr"] or 3e-3 * (512 / config["d_hidden"]) ** 0.5,
+        dead_after=config["dead_after"] or min(-(-tokens // 20), 10_000_000),
+    )
 
 
 def open_data(config, texts_read=0):
-    """The data that config["data"] names; of a stream what comes after the texts already read."""
+    """Opens the data that config["data"] names. A stream continues after the texts already read."""
     if config["data"] == "stream":
         from collect import Stream
 
         return Stream(config, texts_read)
-    kinds = {"toy": Toy, "toy-hard": HardToy}
-    return kinds.get(config["data"], Store)(config)
+    return Toy(config) if config["data"] == "toy" else Store(config)
 
 
 def new_model(config, data):
-    """The CrossCoder of that config for that data."""
+    """Returns a new CrossCoder for that config and data."""
     options = {key: config[key] for key in ("d_hidden", "variant", "k", "basis", "dedicated")}
     return CrossCoder(data.n_models, data.d_model, **options)
 
 
 def read_checkpoint(out):
-    """The state of the run in the folder `out`, as `train` saves it. Runs no code that is in it."""
+    """Returns the state that `train` saved in the folder `out`. Runs no code that is in it."""
     path = Path(out) / "checkpoint.pt"
     what = f"--out_dir or --run is {out or 'missing'}: checkpoint.pt is no checkpoint, or not whole"
     with explain(what):
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum is wrong")
+        assert not zipfile.ZipFile(path).testzip(), "a checksum is wrong"
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("step", "texts_read"):
-            if type(state[name]) is not int or not 0 <= state[name] < 10**12:
-                raise ValueError(f"{name} is {state[name]}")
-        for name, y in state["model"].items():
-            if not y.isfinite().all():
-                raise ValueError(f"{name} holds nan or inf")
-        json.dumps([dict(state["config"]), [dict(row) for row in state["rows"]]])
-        state["config"].pop("trust_remote_code", None)  # only a command line switches that on
+        state["config"].pop(
+            "trust_remote_code", None
+        )  # of collect.py: a file must not switch it on
     return state
 
 
-class Log:
-    """Rows of metrics: one short line on the terminal, all of it in OUT/metrics.jsonl and wandb."""
-
-    def __init__(self, config, state):
-        self.out = Path(config["out_dir"])
-        self.rows = state["rows"]
-        with explain(f"--out_dir={self.out} cannot be made", OSError):
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.out / "metrics.jsonl", "w", buffering=1)
-            for row in self.rows:  # later ones come again
-                self.file.write(json.dumps(row) + "\n")
-        print(json.dumps(config, indent=4))
-        self.has_wandb = True
-        options = dict(project=config["wandb_project"], mode=config["wandb_mode"], config=config)
-        options |= dict(id=state.get("wandb_id"), resume="allow", name=self.out.name, dir=self.out)
-        self.to_wandb(wandb.init, **options, settings=wandb.Settings(silent=True))
-
-    def to_wandb(self, call, *args, **options):
-        """call(...), a function of wandb's. A run goes on without wandb after one that fails."""
-        try:
-            if self.has_wandb:
-                call(*args, **options)
-        except Exception as e:  # of many kinds, and none is worth a run
-            print(f"warning: going on without wandb: {' '.join(str(e).split())}", file=sys.stderr)
-            self.has_wandb = False
-
-    def __call__(self, step, row, prefix=""):
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in list(row.items())[:8])
-        print(f"{step:7d} {prefix or 'train/'}  {shown}", flush=True)
-        named = {"step": step} | {prefix + key: value for key, value in row.items()}
-        text = json.dumps(named, default=float)  # numbers of any library
-        self.rows.append(json.loads(text))
-        with explain(f"{self.out}/metrics.jsonl cannot be written", OSError):
-            self.file.write(text + "\n")
-        self.to_wandb(wandb.log, self.rows[-1], step=step)
+def write_rows(out, rows, mode="a"):
+    """Adds rows of metrics to the file metrics.jsonl in the folder `out`."""
+    path = Path(out) / "metrics.jsonl"
+    with explain(f"{path} cannot be written", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, mode) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def train(config, state=None):
-    """Trains by the config, on from a run's state if given; returns the model, in eval mode."""
+def log(out, rows, step, row, prefix=""):
+    """Adds a row of metrics to `rows`, metrics.jsonl and wandb, and prints its first numbers."""
+    row = {prefix + key: float(y) for key, y in row.items() if np.isfinite(float(y))}
+    shown = [f"{key} {y:.4g}" for key, y in row.items()]
+    print(f"{step:7d}  {'  '.join(shown[:8])}", flush=True)
+    rows.append({"step": step} | row)
+    write_rows(out, rows[-1:])
+    wandb.log(row, step=step)
+
+
+def train(config, state=None, data=None):
+    """Trains a crosscoder and returns it in eval mode. Give a `state` from read_checkpoint to
+    continue a run, and a `data` object of your own to train on that instead of config["data"].
+    """
     device = set_up(config["device"])
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    is_new = state is None
-    config = resolve(config, is_new)
+    config = resolve(config)
+    out = Path(config["out_dir"])
     steps = config["steps"]
-    rank, n_processes = world()
+    rank = PartialState().process_index
+    is_new = state is None
     if is_new:
-        state = dict(step=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
+        state = dict(step=0, tokens=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
+        if (out / "checkpoint.pt").exists():
+            fail(f"--out_dir={out} holds a run already: continue it by --resume=True")
 
     # data, model, optimiser
     torch.manual_seed(config["seed"])
-    data = open_data(config, state["texts_read"])
+    data = data or open_data(config, state["texts_read"])
     model = new_model(config, data).to(device)
     betas = (config["beta1"], config["beta2"])
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
@@ -837,94 +676,112 @@ def train(config, state=None):
     else:
         with explain("data, config and checkpoint do not fit each other"):
             model.load_state_dict(state["model"])
-            moments = dict(state=state["moments"])  # rates are the config's
+            moments = dict(state=state["moments"])  # learning rates are the config's
             optimizer.load_state_dict(optimizer.state_dict() | moments)
-            model.mix.inverse()
-            if "amsgrad" in optimizer.defaults:  # the fused step of Adam, or AdamW, would not look
-                for p, of_p in optimizer.state.items():
-                    assert of_p["exp_avg"].shape == of_p["exp_avg_sq"].shape == p.shape
+            for p, of_p in optimizer.state.items():  # other shapes would crash the fused step
+                assert all(y.shape in (p.shape, ()) for y in of_p.values()), "moments"
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
     if state["step"] >= steps:
         if rank == 0:
-            model.save_pretrained(config["out_dir"])
-            print(f"finished already; its report: python report.py --run={config['out_dir']}")
+            model.save_pretrained(out)
+        print(f"finished already; its report: python report.py --run={out}")
         return model.eval()
-    for _ in range(state["step"]):  # a scheduler of any kind gets there so
+    for _ in range(state["step"]):  # brings a scheduler of any kind to its place
         scheduler.step()
+    rows = state["rows"]
     if rank == 0:
-        log = Log(config, state)
+        print(json.dumps(config, indent=4))
+        write_rows(out, rows, "w")  # drops rows that were logged after the checkpoint
+        mode = config["wandb_mode"]
+        options = dict(project=config["wandb_project"], mode=mode, config=config, name=out.name)
+        options |= dict(id=state["wandb_id"], resume="allow", dir=out)
+        with explain(f"--wandb_mode={mode}: wandb cannot start"):
+            wandb.init(**options, settings=wandb.Settings(silent=True))
 
-    logged_at, logged_step = time.perf_counter(), state["step"]
-    for step, x in prefetched(data, state["step"], steps):
+    tokens = state["tokens"]
+    size = config["batch_size"]
+    reader = ThreadPoolExecutor(1)
+    coming = reader.submit(data.batch, tokens // size)
+    logged_at = time.perf_counter()
+    logged_tokens = tokens
+    for step in range(state["step"] + 1, steps + 1):
+        # batch: the next one is read while this one is trained on
+        raw = coming.result()
+        tokens += size
+        if step < steps:
+            coming = reader.submit(data.batch, tokens // size)
+
         # forward and backward
         model.train()
-        l1_coeff = config["l1_coeff"] * warm_up(step, steps)
-        aux = {key: config[key] for key in ("aux_coeff", "k_aux", "dead_after")}
-        losses = model.losses(x, l1_coeff, **aux)
+        l1_coeff = config["l1_coeff"] * warm_up(step - 1, steps)
+        losses = model.losses(
+            raw, l1_coeff, config["aux_coeff"], config["k_aux"], config["dead_after"]
+        )
         optimizer.zero_grad()
         losses["loss"].backward()
-        if n_processes > 1:  # all are ready at once: there is nothing to overlap this with
+        if PartialState().num_processes > 1:  # no DDP: all gradients come at once, after backward
             for p in model.parameters():
                 p.grad = reduce(p.grad)
 
         # clip and step
         lr = scheduler.get_last_lr()[0]
-        largest = config["grad_clip"] or torch.inf
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), largest)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         if not grad_norm.isfinite():
-            fail(f"step {step}: a non-finite gradient, by --lr={lr:.3g}; no checkpoint has it")
+            names = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
+            fail(f"step {step}: gradient not finite, of {', '.join(names)}; --lr is {lr:.3g}")
+        largest = config["grad_clip"] or torch.inf
+        nn.utils.clip_grads_with_norm_(model.parameters(), largest, grad_norm)
         optimizer.step()
         scheduler.step()
-        step += 1
 
         # log
         if is_due(step, config["log_every"], steps):
-            row, _ = metrics(model, [reduce(sums(losses))])
-            seconds = time.perf_counter() - logged_at
-            row["tokens_per_second"] = config["batch_size"] * (step - logged_step) / seconds
-            row |= dict(tokens=step * config["batch_size"], lr=lr, l1_coeff=l1_coeff)
-            row |= dict(grad_norm=grad_norm.item(), threshold=model.threshold.item())
+            row = reduce(metrics(model, losses))  # means over the processes
+            row |= dict(lr=lr, l1_coeff=l1_coeff, grad_norm=grad_norm, threshold=model.threshold)
+            rate = (tokens - logged_tokens) / (time.perf_counter() - logged_at)
+            row |= dict(tokens=tokens, tokens_per_second=rate)
             if rank == 0:
-                log(step, row)
-            logged_at, logged_step = time.perf_counter(), step
+                log(out, rows, step, row)
+            logged_at = time.perf_counter()
+            logged_tokens = tokens
 
-        # validate (what stops early, by this row, belongs below what is saved)
+        # validate (for early stopping, break after the save below)
         if rank == 0 and config["val_tokens"] and is_due(step, config["eval_every"], steps):
             row, _ = validate(model, data, l1_coeff)
-            log(step, row, "val/")
+            log(out, rows, step, row, "val/")
 
-        # save, and stop if any process was asked to
+        # save (weights first, so that they are never older than the checkpoint), stop if signalled
         stop = reduce(grad_norm.new_tensor(len(stop_signals))) > 0
         if rank == 0 and (stop or is_due(step, config["save_every"], steps)):
-            state |= dict(config=config, step=step, rows=log.rows)
+            model.save_pretrained(out)
+            state |= dict(config=config, step=step, tokens=tokens, rows=rows)
             state["texts_read"] = getattr(data, "texts_read", 0)
             state |= dict(model=model.state_dict(), moments=optimizer.state_dict()["state"])
-            write_atomically(log.out / "checkpoint.pt", lambda part: torch.save(state, part))
-            model.save_pretrained(log.out)
+            write_atomically(out / "checkpoint.pt", lambda part: torch.save(state, part))
         if stop and step < steps:
             if rank == 0:
-                again = f"--resume=True --out_dir={log.out}"
-                print(f"stopped at step {step}: go on by {again}", file=sys.stderr)
-            raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
+                again = f"--resume=True --out_dir={out}"
+                print(f"stopped at step {step}: continue by {again}", file=sys.stderr)
+            raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])  # or another process's
 
     # report
     model.eval()
     if rank == 0:
-        print(f"weights: CrossCoder.from_pretrained({str(log.out)!r})")
+        print(f"weights: CrossCoder.from_pretrained({str(out)!r})")
         if not Path(__file__).with_name("report.py").exists():
             print("no report: report.py is not beside train.py")
         elif config["val_tokens"]:
             from report import report
 
-            page = report(model, data, config, log.rows)
-            log.to_wandb(lambda: wandb.log(dict(report=wandb.Html(page)), step=steps))
-        log.to_wandb(wandb.finish)
+            page = report(model, data, config, rows)
+            wandb.log(dict(report=wandb.Html(page)), step=steps)
+        wandb.finish()
     return model
 
 
 def settings_of(given):
-    """The whole config of a run, of which some {key: value or text} are given; checked."""
-    if given.get("data") != "stream":
+    """Returns the whole config of a run from the {key: value or text} given, checked."""
+    if given.get("data", config["data"]) != "stream":
         return checked(given, config, allowed)
     import collect
 
@@ -932,15 +789,13 @@ def settings_of(given):
 
 
 def main(argv):
-    texts = read_command_line(argv, __file__)
-    state = None
-    saved = {}
-    if texts.get("resume") == "True":
-        state = read_checkpoint(texts.get("out_dir", ""))
-        saved = state["config"]
-    settings = settings_of(saved | texts)
-    for key in {"variant", "basis", "dedicated"}.intersection(saved):
-        if settings[key] != saved[key]:
+    given = read_command_line(argv, __file__)
+    if given.get("resume") != "True":
+        return train(settings_of(given))
+    state = read_checkpoint(given.get("out_dir", ""))
+    settings = settings_of(state["config"] | given)
+    for key in ("variant", "basis", "dedicated"):
+        if settings[key] != state["config"][key]:
             fail(f"--{key} is not this run's, and resuming cannot change it")
     return train(settings, state)
 
