@@ -73,10 +73,10 @@ def crosscoder(variant, d_hidden=40, k=3, n_models=2, d_model=8, basis="plain", 
     return model
 
 
-def gradients(model, loss):
-    """Of each parameter the gradient of the loss, {name: tensor}."""
-    names = [name for name, _ in model.named_parameters()]
-    return dict(zip(names, torch.autograd.grad(loss, list(model.parameters()))))
+def gradients(model, loss, **more):
+    """The gradient of the loss by each parameter, and by `more`, {name: tensor}."""
+    of = dict(model.named_parameters()) | more
+    return dict(zip(of, torch.autograd.grad(loss, list(of.values()))))
 
 
 def assert_equal(found, expected):
@@ -131,15 +131,16 @@ def assert_losses_are_the_definition(model, x, n_dead, **options):
     dead = torch.randperm(len(model.W_dec))[:n_dead].sort().values
     model.since_fired.zero_()[dead] = 1000
     options |= dict(l1_coeff=0.7, aux_coeff=0.3, k_aux=5)
+    x = x.clone().requires_grad_()
     expected = plain_losses(model, x, **options, dead=dead)
-    expected_gradients = gradients(model, expected["loss"])
+    expected_gradients = gradients(model, expected["loss"], x=x)
     found = model.losses(x, **options, dead_after=999)
     for name in ("loss", "l2_loss", "l1_loss", "aux_loss", "x", "error"):
         assert_equal(found[name], expected[name])
     assert found["l0_loss"].item() == pytest.approx(expected["l0_loss"].item(), rel=1e-6)
     assert torch.equal(found["fired"], (expected["f"] > 0).sum(0))
     assert found["dead_latents"] == n_dead
-    assert_equal(gradients(model, found["loss"]), expected_gradients)
+    assert_equal(gradients(model, found["loss"], x=x), expected_gradients)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -183,17 +184,18 @@ def test_encode_decode_and_forward_and_their_gradients_equal_the_definition(
     x = torch.randn(150, n_models, 8).double()
     x[4] = 0
     x[7] = x[6]
+    x.requires_grad_()
     expected = plain_losses(model, x)
     x_hat = torch.einsum(
         "mp,bpd->bmd", model.to_scaled.inverse(), expected["x"] + expected["error"]
     )
-    expected_gradients = gradients(model, (x_hat - x).square().mean())
+    expected_gradients = gradients(model, (x_hat - x).square().mean(), x=x)
     assert 0 < expected["l0_loss"] < 40
     assert_equal(model.encode(x), expected["f"])
     assert_equal(model.decode(expected["f"]), x_hat)
     found = model(x)
     assert_equal(found, x_hat)
-    assert_equal(gradients(model, (found - x).square().mean()), expected_gradients)
+    assert_equal(gradients(model, (found - x).square().mean(), x=x), expected_gradients)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -203,20 +205,6 @@ def test_losses_equal_the_definition_in_the_delta_basis_and_with_dedicated_laten
         model = crosscoder(variant, **options)
         assert_losses_are_the_definition(model, x, n_dead=12)
         assert_equal(model(x), model.unscaled(plain_losses(model, x)["error"] + model.scaled(x)))
-
-
-def test_the_gradient_of_raw_activations_is_right_in_losses_and_forward():
-    for variant in VARIANTS:
-        model = crosscoder(variant, d_hidden=200)
-        model.b_enc.data -= 1.0
-        x = torch.randn(150, 2, 8).double().requires_grad_()
-        expected = plain_losses(model, x, l1_coeff=0.7)
-        (of_loss,) = torch.autograd.grad(expected["loss"], x, retain_graph=True)
-        (found,) = torch.autograd.grad(model.losses(x, l1_coeff=0.7)["loss"], x)
-        assert_equal(found, of_loss)
-        (of_error,) = torch.autograd.grad(expected["error"].square().sum(), x)
-        error = model.scaled(model(x)) - model.scaled(x)
-        assert_equal(torch.autograd.grad(error.square().sum(), x)[0], of_error)
 
 
 def test_a_latent_whose_decoder_is_0_has_the_gradient_of_the_definition():
@@ -332,34 +320,14 @@ def test_inference_of_batchtopk_keeps_what_is_over_the_threshold_whatever_the_ba
     assert_equal(torch.cat([model.encode(row[None]) for row in x]), f)
 
 
-def test_the_fast_way_of_inference_loses_nothing_that_is_just_over_the_threshold():
+def test_inference_keeps_a_score_that_reaches_the_threshold_or_is_just_over_it():
     model = crosscoder("batchtopk").float().eval()
     x = torch.randn(100, 2, 8)
     pre, _ = plain_latents(model, model.scaled(x))
     score = (F.relu(pre) * model.decoder_norm()).flatten().sort(descending=True).values
-    for n in (1, 100, 1000):
-        model.threshold.fill_(score[n - 1].item() * (1 - 1e-5))
+    for n, factor in itertools.product((1, 100, 1000), (1, 1 - 1e-5)):
+        model.threshold.fill_(score[n - 1].item() * factor)
         assert (chosen(model, x) > 0).sum() == (model.encode(x) > 0).sum() == n
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_users_activation_is_chosen_alike_by_encode_and_losses_in_both_modes(variant):
-    class Squared(train.CrossCoder):
-        def activate(self, pre, latent=...):
-            return F.relu(pre) ** 2
-
-    x = torch.randn(256, 2, 8)
-    model = Squared(2, 8, 64, variant, 4)
-    model.start_at(x)
-    model.W_dec.data *= 3 * torch.rand(64, 1, 1)
-    for training in (True, False):
-        model.train(training)
-        for _ in range(30):
-            losses = model.losses(x)
-        f = model.encode(x)
-        assert torch.equal(losses["fired"], (f > 0).sum(0))
-        error = model.scaled(model.decode(f)) - losses["x"]
-        torch.testing.assert_close(losses["error"], error, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("call", ["losses", "forward"])
@@ -514,18 +482,6 @@ def test_raw_activations_go_in_and_come_out(basis):
     torch.testing.assert_close(in_half.double(), x_hat, rtol=0.1, atol=0.2)
 
 
-def test_a_new_model_scales_each_model_and_the_difference_to_a_mean_norm_of_sqrt_d_model():
-    toy = train.Toy(dict(seed=3, batch_size=4096, val_tokens=0))
-    for basis in ("plain", "delta"):
-        model = train.CrossCoder(2, toy.d_model, 64, basis=basis)
-        model.start_at(toy.batch(0))
-        x = toy.rows(8192, key=9)
-        for y in (model.scaled(x), x * model.scale[:, None]):
-            size = y.norm(dim=-1).mean(0)
-            expected = torch.full((2,), toy.d_model**0.5)
-            torch.testing.assert_close(size, expected, rtol=0.01, atol=0)
-
-
 def test_a_loop_of_somebodys_own_trains_a_model_that_evaluates_as_it_trained():
     toy = train.Toy(dict(seed=0, val_tokens=0))
     model = train.CrossCoder(toy.n_models, toy.d_model, d_hidden=256, variant="batchtopk", k=16)
@@ -549,30 +505,24 @@ def test_a_loop_of_somebodys_own_trains_a_model_that_evaluates_as_it_trained():
 
 
 @pytest.mark.parametrize("basis", ["plain", "delta"])
-def test_a_new_model_starts_at_the_mean_with_a_threshold_and_no_latent_silent(basis):
-    x = train.Toy(dict(seed=3, batch_size=4096, val_tokens=0)).batch(0)
+def test_a_new_model_starts_at_the_mean_with_scales_and_a_threshold_and_no_latent_silent(basis):
+    toy = train.Toy(dict(seed=3, batch_size=4096, val_tokens=0))
     model = train.CrossCoder(2, 128, 64, k=1, basis=basis)
-    model.start_at(x)
-    torch.testing.assert_close(model.b_dec.detach(), model.scaled(x).mean(0))
+    model.start_at(toy.batch(0))
+    torch.testing.assert_close(model.b_dec.detach(), model.scaled(toy.batch(0)).mean(0))
     pre = torch.einsum("hmd,md->h", model.W_enc, model.b_dec) + model.b_enc
     torch.testing.assert_close(pre, torch.zeros(64), atol=1e-5, rtol=0)
     assert model.threshold > 0 and not model.since_fired.any()
+    x = toy.rows(8192, key=9)
+    for y in (model.scaled(x), x * model.scale[:, None]):  # A, B or B - A; A, B
+        expected = torch.full((2,), 128**0.5)
+        torch.testing.assert_close(y.norm(dim=-1).mean(0), expected, rtol=0.01, atol=0)
 
 
 def test_latents_are_dead_that_were_silent_for_more_than_dead_after():
     model = crosscoder("topk")
     model.since_fired.fill_(999)[[3, 17]] = 1000
     assert model.losses(torch.randn(5, 2, 8).double(), dead_after=999)["dead_latents"] == 2
-
-
-def test_a_score_that_just_reaches_the_threshold_is_active_in_the_fast_way():
-    model = crosscoder("batchtopk").float().eval()
-    x = torch.randn(100, 2, 8)
-    pre = F.linear(model.scaled(x).flatten(1), model.W_enc.flatten(1), model.b_enc)
-    score = (pre * model.decoder_norm()).detach().flatten().sort(descending=True).values
-    for n in (1, 100, 1000):
-        model.threshold.fill_(score[n - 1].item())
-        assert (chosen(model, x) > 0).sum() == n
 
 
 def test_validation_has_the_l1_term_and_the_difference_is_the_last_models_from_the_first():
@@ -716,41 +666,6 @@ def test_dedicated_latents_are_of_the_plain_basis_and_at_most_all(capsys):
 # --- Toy ------------------------------------------------------------------------------------------
 
 
-class HardToy(train.Toy):
-    """
-    A toy on which methods differ. Of 256 features 160 are shared, of which the last 32 turn by
-    about 60 degrees in B, and each model has 48 alone. Frequencies are Zipf's over two decades. The
-    rarer half of the features is active only where its parent is, one of the 16 most frequent.
-    """
-
-    kind = ["shared"] * 160 + ["base-only"] * 48 + ["fine-tuned-only"] * 48
-
-    def __init__(self, config):
-        rng = np.random.default_rng(config["seed"])
-        rank = rng.permutation(256)
-        often = 0.5 / np.linspace(1, 100, 256)  # by rank
-        parent_rank = np.where(rank < 128, rank, rng.integers(16, size=256))
-        self.parent = rank.argsort()[parent_rank]  # a feature; often itself
-        self.chance = often[rank] / np.where(rank < 128, 1, often[parent_rank])
-        super().__init__(config | dict(val_tokens=0))
-        g = torch.Generator().manual_seed(config["seed"])
-        a, turn = F.normalize(torch.randn(2, 256, self.d_model, generator=g), dim=-1)
-        angle = torch.full((256, 1), 0.2)
-        angle[128:160] = 3**0.5  # its tangent
-        self.directions = torch.stack([a, F.normalize(a + angle * turn, dim=-1)], dim=1)
-        self.directions[160:208, 1] = 0
-        self.directions[208:, 0] = 0
-        self.held_out = self.rows(config["val_tokens"], 0)
-
-    def rows(self, n, key):
-        rng = np.random.default_rng([self.config["seed"], key])
-        active = rng.random((n, 256)) < self.chance
-        active &= active[:, self.parent]
-        f = active * rng.lognormal(0, 0.25, active.shape)
-        x = np.tensordot(f, self.directions, axes=1)
-        return torch.from_numpy(x + 0.02 * rng.standard_normal(x.shape)).float()
-
-
 def test_toy_is_a_function_of_seed_and_step_with_the_frequencies_it_says():
     config = dict(seed=3, batch_size=32, val_tokens=64)
     toy = train.Toy(config)
@@ -771,48 +686,14 @@ def activity(toy, n):
     return (toy.rows(n, key=0)[:, 0] > 0.2).numpy()
 
 
-def test_the_hard_toy_has_zipf_frequencies_nested_features_and_turned_ones():
-    toy = HardToy(dict(seed=3, batch_size=32, val_tokens=64))
-    size = toy.directions.norm(dim=-1)
-    cosine = F.cosine_similarity(*toy.directions.unbind(1), dim=-1)
-    shared, turned, base_only, finetuned_only = torch.arange(256).split([128, 32, 48, 48])
-    for of_kind, a, b in (
-        (shared, 1, 1),
-        (turned, 1, 1),
-        (base_only, 1, 0),
-        (finetuned_only, 0, 1),
-    ):
-        assert torch.allclose(size[of_kind], torch.tensor([a, b]).float())
-    for of_kind, degrees in ((shared, 11), (turned, 60)):
-        angle = cosine[of_kind].arccos().rad2deg().mean().item()
-        assert angle == pytest.approx(degrees, abs=3)
-
-    active = activity(toy, 50_000)
-    frequency = np.sort(active.mean(0))[::-1]
-    for rank in (1, 10, 50, 150, 256):  # 1 / rank, from 1 to 100
-        expected = 0.5 / (1 + 99 * (rank - 1) / 255)
-        assert frequency[rank - 1] == pytest.approx(expected, rel=0.15)
-    parent = np.asarray(toy.parent)
-    nested = parent != np.arange(256)
-    assert nested.sum() == 128
-    assert not nested[parent].any()
-    assert not (active & ~active[:, parent]).any()
-    assert len(set(parent[nested])) <= 16
-
-
-def test_held_out_rows_of_a_toy_are_no_batch_and_its_noise_is_a_fiftieth():
+def test_held_out_rows_of_a_toy_are_no_batch_its_noise_is_a_fiftieth_and_shared_features_turn():
     toy = train.Toy(dict(seed=3, batch_size=64, val_tokens=64))
     assert not torch.equal(toy.held_out, toy.batch(0))
+    cosine = F.cosine_similarity(*toy.directions[:192].unbind(1), dim=-1)
+    assert toy.kind[191:193] == ["shared", "base-only"]
+    assert cosine.arccos().rad2deg().mean().item() == pytest.approx(11, abs=3)
     toy.directions = torch.zeros(256, 2, 128)
     assert toy.rows(1000, 0).std().item() == pytest.approx(0.02, rel=0.02)
-
-
-def test_shared_features_of_the_toy_turn_a_little():
-    toy = train.Toy(dict(seed=3, val_tokens=0))
-    cosine = F.cosine_similarity(*toy.directions.unbind(1), dim=-1)
-    is_shared = torch.tensor([name == "shared" for name in toy.kind])
-    angle = cosine[is_shared].arccos().rad2deg().mean()
-    assert angle.item() == pytest.approx(11, abs=3)
 
 
 # --- Loader ---------------------------------------------------------------------------------------
@@ -1067,21 +948,12 @@ def test_a_model_made_of_numpys_numbers_can_be_loaded():
 
 
 def test_data_of_ones_own_is_an_object_and_trains_and_resumes():
-    class Mine:
-        n_models, d_model = 2, 8
-        held_out = torch.randn(100, 2, 8)
-
-        def batch(self, step):
-            return torch.randn(64, 2, 8, generator=torch.Generator().manual_seed(step)) + 1
-
     config = train.config | dict(batch_size=64, d_hidden=48, k=4, wandb_mode="disabled")
-    config |= dict(save_every=10, val_tokens=0)
-    whole = train.train(config | dict(steps=20, out_dir="whole"), data=Mine())
-    train.train(config | dict(steps=10, out_dir="out"), data=Mine())
-    state = train.read_checkpoint("out")
-    model = train.train(state["config"] | dict(steps=20), state, Mine())
+    config |= dict(out_dir="out", val_tokens=0)
+    train.train(config | dict(steps=10), data=Own(config))
+    model = train.train(config | dict(steps=20), train.read_checkpoint("out"), Own(config))
     assert metrics("out")[-1]["tokens"] == 20 * 64
-    assert whole.W_dec.shape == model.W_dec.shape == (48, 2, 8)
+    assert model.W_dec.shape == (48, 2, 8)
 
 
 def test_a_run_that_goes_on_with_another_batch_size_goes_on_counting_and_reading(monkeypatch):
@@ -1111,7 +983,9 @@ def test_typing_the_same_command_twice_makes_two_runs():
 def test_a_run_is_not_written_over_but_what_stopped_before_its_first_checkpoint_is(capsys):
     run("--steps=5", "--out_dir=out")
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
-    assert "--resume=True" in error_of(capsys, run, "--steps=10", "--out_dir=out")
+    for given in ("False", "(True)"):
+        said = error_of(capsys, run, "--steps=10", "--out_dir=out", f"--resume={given}")
+        assert "--resume=True" in said
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
     Path("out/checkpoint.pt").unlink()
     run("--steps=10", "--out_dir=out")
@@ -1836,12 +1710,6 @@ def test_toy_score_counts_what_a_perfect_and_a_spoilt_dictionary_recover():
     assert score.columns.tolist() == ["planted", "recovered", "confirmed", "latents", "false"]
     assert score.loc["shared"].tolist() == [192, 191, 0, 191, 0]
     assert score.loc["base-only"].tolist() == [32, 31, 31, 32, 1]
-    hard = HardToy(dict(seed=0, val_tokens=0))
-    model.W_dec.data.copy_(hard.directions)
-    every = report.compare(model, torch.ones(256)).assign(confirmed=False)
-    score = report.toy_score(hard, model, every)
-    assert score.recovered.to_dict() == pd.Series(hard.kind).value_counts().to_dict()
-    assert score["false"].sum() == 0 and score.latents.sum() == 256
 
 
 def test_a_latent_of_another_kind_recovers_no_feature_and_is_not_hidden_by_one_that_is():
@@ -2195,7 +2063,7 @@ def test_the_list_the_verdict_and_the_curve_are_of_the_same_latents_in_one_order
     table = pd.read_csv("out/latents.csv", index_col="latent")
     assert (table.change_per_token.diff().dropna() <= 0).all(), "without the models"
     product = table.change * table.frequency  # of float32, as they are written
-    np.testing.assert_allclose(table.change_per_token, product, rtol=1e-6)
+    np.testing.assert_allclose(table.change_per_token, product)
     capsys.readouterr()
     page = report.main(["--run=out", "--splice=True"])
     said = capsys.readouterr().out
@@ -2518,15 +2386,6 @@ def test_a_finished_run_is_reported_again_whatever_became_of_its_metrics(text, c
     assert Path("out/report.html").read_text() == page
 
 
-def test_a_run_is_never_begun_anew_over_a_checkpoint(capsys):
-    run("--steps=5", "--out_dir=out")
-    before = Path("out/checkpoint.pt").read_bytes()
-    for resume in ("False", "(True)"):
-        said = error_of(capsys, run, f"--resume={resume}", "--out_dir=out")
-        assert "continue it by --resume=True" in said
-    assert Path("out/checkpoint.pt").read_bytes() == before
-
-
 def test_resuming_a_finished_run_reads_no_batch_and_keeps_what_splicing_found(pairs, monkeypatch):
     collect.collect(collect_config(pairs["llama"][0]))
     reported("--data=acts", "--out_dir=out", "--steps=10")
@@ -2633,23 +2492,6 @@ def test_a_store_whose_tokenizer_has_code_runs_none_even_if_asked_to(pairs):
         done = subprocess.run(command, input="y\ny\n", capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         assert Path("out/model.safetensors").exists() and not Path("pwned").exists()
-
-
-def test_what_a_strangers_checkpoint_says_cannot_switch_remote_code_on(capsys, monkeypatch):
-    reported("--steps=3", "--out_dir=out")
-    state = torch.load("out/checkpoint.pt", weights_only=True)
-    state["config"] |= collect.config | dict(data="stream", trust_remote_code=True, out_dir="out")
-    torch.save(state, "out/checkpoint.pt")
-    seen = []
-
-    class Stream(train.Toy):
-        def __init__(self, config, texts_read):
-            seen.append(config)
-            super().__init__(config)
-
-    monkeypatch.setattr(collect, "Stream", Stream)
-    report.main(["--run=out"])
-    assert seen[0]["trust_remote_code"] is False
 
 
 def test_a_module_that_the_model_does_not_have_gets_one_line_from_splicing(pairs, capsys):
@@ -3579,6 +3421,38 @@ def test_two_processes_collect_one_store(pairs):
 
 
 # --- Benchmark ------------------------------------------------------------------------------------
+
+
+class HardToy(train.Toy):
+    """As the README says. The last 32 shared features are those that turn."""
+
+    kind = ["shared"] * 160 + ["base-only"] * 48 + ["fine-tuned-only"] * 48
+
+    def __init__(self, config):
+        rng = np.random.default_rng(config["seed"])
+        rank = rng.permutation(256)
+        often = 0.5 / np.linspace(1, 100, 256)  # by rank
+        parent_rank = np.where(rank < 128, rank, rng.integers(16, size=256))
+        self.parent = rank.argsort()[parent_rank]  # a feature; often itself
+        self.chance = often[rank] / np.where(rank < 128, 1, often[parent_rank])
+        super().__init__(config | dict(val_tokens=0))
+        g = torch.Generator().manual_seed(config["seed"])
+        a, turn = F.normalize(torch.randn(2, 256, self.d_model, generator=g), dim=-1)
+        angle = torch.full((256, 1), 0.2)
+        angle[128:160] = 3**0.5  # its tangent
+        self.directions = torch.stack([a, F.normalize(a + angle * turn, dim=-1)], dim=1)
+        self.directions[160:208, 1] = 0
+        self.directions[208:, 0] = 0
+        self.held_out = self.rows(config["val_tokens"], 0)
+
+    def rows(self, n, key):
+        rng = np.random.default_rng([self.config["seed"], key])
+        active = rng.random((n, 256)) < self.chance
+        active &= active[:, self.parent]
+        f = active * rng.lognormal(0, 0.25, active.shape)
+        x = np.tensordot(f, self.directions, axes=1)
+        return torch.from_numpy(x + 0.02 * rng.standard_normal(x.shape)).float()
+
 
 HARD_TOY = ["--k=8", "--k=16", "--k=32", "--k=8 --variant=topk"]
 HARD_TOY += ["--variant=vanilla --l1_coeff=2", "--k=8 --basis=delta"]

@@ -406,7 +406,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
                 code = entries_where(select, x, W_enc[dead], self.b_enc[dead])
             code = code._replace(latent=dead[code.latent], shape=(len(x), len(norm)))
             code = code._replace(value=EncodeAt.apply(code, x, W_enc, self.b_enc))
-            residual = x - x_hat.detach()
+            residual = -error.detach()
             aux_loss = (residual - code @ W_dec).square().sum() / len(x)
             aux_loss = aux_loss * min(len(dead) / k_aux, 1)
 
