@@ -6,12 +6,12 @@ through both, at the same place. It writes a store, which train.py reads.
 
 Any key of the config can be set by --key=value. A store is a folder, OUT:
 
-    OUT/base/       a Hugging Face dataset (load_from_disk), one row per token: activation, float16
-                    [d_model], raw, as the module puts it out; token, its id; doc, its row in
-                    OUT/docs; pos, its position in that doc
-    OUT/finetuned/  the same for the other model. Row i of both is the same token, in random order
+    OUT/base/       a Hugging Face dataset (load_from_disk), one row per token: activation (float16
+                    [d_model], unscaled), token (its id), doc (its row in OUT/docs) and pos (its
+                    position in that doc)
+    OUT/finetuned/  the same for the other model. Row i of both is the same token. Rows are shuffled
     OUT/docs/       a Hugging Face dataset, one row per text, or per piece of a text of over seq_len
-                    tokens or 10,000 characters: input_ids; source, as in --text; text, row there
+                    tokens or 10,000 characters: input_ids, source (in --text) and text (its row there)
     OUT/meta.json   the config; processes; hooks, the module's path in each model; d_model; tokens,
                     rows of base; docs, rows of docs; dropped, tokens left out by reason, and rows
                     without a text; scale, sqrt(d_model) / mean norm of each model's rows;
@@ -21,8 +21,8 @@ A token is left out if it is padding, special, or among the first skip_positions
 norm in either model is over max_norm_ratio times the median, or if float16 cannot hold it.
 
 While it runs, the store is called OUT.building. If it is killed, run the same command again: it
-continues. Both models are in memory, at 4 bytes a weight (2 in bfloat16), and a shard twice, of
-shuffle_rows tokens. A token takes 4 bytes times d_model, in memory and on the disk.
+continues. Memory holds both models, at 4 bytes a weight (2 in bfloat16), and two copies of a shard
+of shuffle_rows tokens. A token takes 4 bytes times d_model, in memory and on the disk.
 """
 
 import fcntl
@@ -180,7 +180,7 @@ def activations(model, hook, input_ids, attention_mask):
 
 def read_docs(config, tokenizer, dropped):
     """Yields docs (source, row in it, token ids) of the sources in --text. The next one is of the
-    source that lacks most of its share of tokens. When one ends, the others continue. Counts rows
+    source with the fewest tokens for its share. When one ends, the others continue. Counts rows
     without a text in the Counter `dropped`. Ends the program at a source or row it cannot read.
     """
     text = config["text"]
@@ -308,8 +308,8 @@ class Harvest:
         return islice(read_docs(self.config, self.tokenizer, self.empty), first_doc, None)
 
     def run(self, docs):
-        """Returns the rows that are kept, as columns, and a Counter of the other tokens by the
-        first reason that holds. Columns: raw [row, model, d_model] float16, norm [row, model],
+        """Returns the rows that are kept, as columns, and a Counter of the dropped tokens, each by
+        its first reason. Columns: raw [row, model, d_model] float16, norm [row, model],
         token (its id), doc (index in docs) and pos [row].
         """
         if not docs:  # the last shard may have fewer docs than there are processes
@@ -349,8 +349,8 @@ class Stream:
     n_models = 2
 
     def __init__(self, config, texts_read=0):
-        """Holds out val_tokens rows of the first docs, which have twice as many tokens. Starts
-        after them, or after the `texts_read` docs that a resumed run has read.
+        """Takes the first docs of 2 * val_tokens tokens, and holds out val_tokens of their rows.
+        Starts after these docs, or after the `texts_read` docs that a resumed run has read.
         """
         self.config = config
         self.harvest = Harvest(with_base(config))
@@ -359,7 +359,7 @@ class Stream:
         self.rows = self.harvest.no_rows["raw"]
         self.shards = self.read()
         docs = take_docs(self.harvest.read(), 2 * config["val_tokens"])
-        raw = self.harvest.run(docs)[0]["raw"]  # short docs come first
+        raw = self.harvest.run(docs)[0]["raw"]  # sorted by length: hold out random ones
         self.held_out = raw[np.random.default_rng(0).permutation(len(raw))[: config["val_tokens"]]]
         self.first = len(docs)  # doc to train on
         self.texts_read = max(texts_read, self.first)
@@ -431,7 +431,7 @@ def collect(config):
     if (building / "meta.json").exists():
         meta = json.loads((building / "meta.json").read_text())
         if meta != meta | arguments:
-            fail(f"{building} is of other arguments: delete it or give another")
+            fail(f"{building} has other arguments: delete it, or change --out_dir")
 
     harvest = Harvest(config)
     meta["hooks"] = [hook for _, hook in harvest.models]
@@ -461,7 +461,7 @@ def add_shard(harvest, building, docs, meta):
     rank = PartialState().process_index
     rows, dropped = harvest.run(docs[rank :: harvest.n_processes])
 
-    # all rows in random order, or as many as n_tokens needs, from the lower ranks first
+    # rows in random order; of the last shard as many as n_tokens needs, lower ranks first
     before = meta["tokens"] + sum(gather_object([len(rows["raw"])])[:rank])
     rng = np.random.default_rng([meta["seed"], rank, meta["shards"]])
     order = rng.permutation(len(rows["raw"]))[: max(0, meta["n_tokens"] - before)]

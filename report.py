@@ -116,16 +116,16 @@ def compare(model, frequency):
 @torch.no_grad()
 def latent_scaling(model, batches):
     """Returns a DataFrame of nu_r and nu_epsilon of every latent, over batches of raw activations.
-    Both are small if one model alone has the latent, and not if it is only smaller in the other
-    (Minder, Dumas et al. 2025). A latent's own model is the one where its decoder vector d is
-    longer. beta is the least-squares factor of f * d in a model's reconstruction (nu_r), or in its
-    error plus the latent's own part (nu_epsilon). nu is beta in the other model over its own.
+    Both are small if the other model lacks the latent (Minder, Dumas et al. 2025). A latent's own
+    model has the longer decoder vector d. beta is the least-squares coefficient of f * d, fitted to
+    a model's reconstruction (nu_r), or to its error plus the latent's contribution (nu_epsilon). nu
+    is beta in the other model, divided by beta in its own.
     """
     d = model.in_models(model.W_dec)  # [latent, model, d_model]
     n = torch.arange(len(d))
     own = d.norm(dim=2).argmax(1)
     d_own = d[n, own]
-    beta = d.new_zeros(2, len(d), 2)  # [nu, latent, model], without a factor that nu does not need
+    beta = d.new_zeros(2, len(d), 2)  # [nu, latent, model], but for a factor that cancels
     for raw in batches:
         raw = raw.to(d)
         f = model.encode(raw)
@@ -139,9 +139,9 @@ def latent_scaling(model, batches):
 
 
 def toy_score(toy, model, table):
-    """Returns a DataFrame of counts by kind. A latent recovers a planted feature of its kind if its
-    cosine is > 0.9 in each model that has the feature. A confirmed latent, of any kind, confirms it
-    in the same way. A latent that recovers none is false.
+    """Returns a DataFrame of counts by kind. A latent matches a feature if its cosine is > 0.9 in
+    each model that has it. A feature is recovered if a latent of its kind matches it, and confirmed
+    if a confirmed latent does. A latent that recovers no feature is false.
     """
     d = model.in_models(model.W_dec).cpu()[table.index]
     features = []
@@ -175,15 +175,15 @@ class Hooked:
         ids = torch.arange(8, device=model.device)[None]
         raw = self.read(ids)
         expected = self.logits(ids, raw)
-        # A block whose whole output is replaced need not run, nor need those before it: they pass
-        # their input on. This is tried here, because later blocks may read more (shared keys).
+        # Blocks up to the hook can be skipped, because a patch replaces their output. This is
+        # tried here, because later blocks may read more of them (shared keys).
         with self.model.trace(input_ids=ids, use_cache=False):
             output = self.model.get(hook).output.save()
         blocks, _, i = hook.rpartition(".")
         if i.isdigit() and isinstance(output, torch.Tensor):
             self.skipped = [f"{blocks}.{j}" for j in range(int(i) + 1)]
             error = self.logits(ids, raw) - expected
-            if error.norm() > 0.01 * expected.norm():
+            if not error.norm() <= 0.01 * expected.norm():  # nan is not, either
                 self.skipped = []
 
     def read(self, ids):
@@ -244,9 +244,9 @@ def decoder_change(crosscoder):
 
 
 def attribution(crosscoder, texts, models, n_texts):
-    """Returns how much nearer to the fine-tuned model each latent takes the base model [d_hidden],
-    in nats of KL divergence per token of n_texts training texts. This is to first order: f (d_B -
-    d_A) times minus the gradient of the KL divergence at the base's activation.
+    """Returns each latent's first-order effect [d_hidden]: by how many nats per token of n_texts
+    training texts it lowers the KL divergence from the fine-tuned model. That is f (d_B - d_A)
+    times minus the gradient of the divergence at the base's activation.
     """
     d_change, _ = decoder_change(crosscoder)
     total = 0
@@ -265,10 +265,10 @@ def attribution(crosscoder, texts, models, n_texts):
 
 
 def fit_baselines(crosscoder, store):
-    """Fits, to up to 50,000 training rows, baselines for B - A that need no dictionary. Returns
-    affine maps of A, {name: (W [d_model, d_model], bias [d_model])}; the singular vectors of B - A,
-    a column each, largest first [d_model, d_model]; and the R^2 of `map` on held-out rows. `map` is
-    by ridge regression. `rank_1` keeps the direction that it writes most to. `constant` is b_dec's.
+    """Fits baselines for B - A to up to 50,000 training rows. Returns maps {name: (W [d_model,
+    d_model], bias [d_model])} that predict B - A as a @ W + bias: `map` by ridge regression,
+    `rank_1`, its part in its largest output direction, and `constant`, the difference of b_dec.
+    Also the singular vectors of B - A [d_model, d_model], by column, and held-out R^2 of `map`.
     """
     rows = np.sort(store.shuffled(0)[:50_000])
     a, b = store.read(rows).to(crosscoder.scale).unbind(1)
@@ -291,10 +291,10 @@ def fit_baselines(crosscoder, store):
 
 
 def patches(crosscoder, raw, maps, directions, sets):
-    """Yields patches for raw activations [n_rows, model, d_model], as (name, model to patch, active
-    latents over all rows, values [n_rows, d_model]). Both models get their own activations (clean),
-    their reconstructions (spliced) and zeros. The base also gets estimates of B: by directions of
-    B - A, by a map of A, or by the constant and a set of latents. A direction counts as a latent.
+    """Yields patches for raw activations [n_rows, model, d_model], as (name, model to patch, number
+    of active latents summed over rows, values [n_rows, d_model]). Both models get their own values
+    (clean), their reconstructions (spliced) and zeros. The base also gets estimates of B: by
+    directions of B - A (each counts as a latent), a map of A, or the constant and some latents.
     """
     raw_hat = crosscoder(raw)
     for m, letter in [(1, "B"), (0, "A")]:
@@ -327,11 +327,11 @@ def sets_of(order):
 @torch.no_grad()
 def splice_in(crosscoder, texts, models, n_texts, maps, directions, sets):
     """Patches n_texts held-out texts, at the positions that the store has, by each of `patches`.
-    Returns a DataFrame by name of patch, and how much it promotes each token, {name: mean rise of
-    its probability [vocabulary]}. The columns:
+    Returns a DataFrame by name of patch, and {name: mean change of each next token's probability
+    [vocabulary]}. The columns:
     l0         active latents, or directions, per patched position
     ce, kl     nats per token of cross-entropy, and of KL divergence from the fine-tuned model
-    recovered  how far kl falls, as a share of how far `all_of_B` makes it fall (if 0.01 or more)
+    recovered  drop in kl from clean_A, over the drop by `all_of_B`, if that is at least 0.01
     """
     found = []
     n = np.zeros(3)  # positions over which l0, ce and kl are sums
@@ -380,7 +380,7 @@ def verdict(d_hidden, table, row, curve):
             said += f"one direction {share.rank_1}, affine map {share['map']}; with the constant "
             said += f"20 latents {share.chosen_20}, 100 {share.chosen_100}, all {share.chosen_all}"
         else:
-            said += "less than 0.01, too little to be shared out"
+            said += "less than 0.01, too little to attribute"
     kinds = f"of {d_hidden:,} latents {len(table):,} are alive"
     for kind in ("shared", "uneven", "base-only", "fine-tuned-only"):
         kinds += f", {(table.kind == kind).sum():,} {kind}"
@@ -416,9 +416,9 @@ def snippet(ids, shade, decode):
 
 
 def examples(texts, rows, decode):
-    """Returns HTML of the five texts with the deepest shades. With several sources, also the most
-    frequent one of the 20 deepest rows, and its share of these and of all rows. `rows` is a
-    DataFrame of doc, pos, source and shade, from 0 to 1.
+    """Returns HTML of the five texts with the strongest shades. With several sources, it also
+    returns the commonest source of the 20 strongest rows, and its shares of these and of all rows.
+    `rows` is a DataFrame of doc, pos, source and shade, from 0 to 1.
     """
     deepest = rows[rows.shade > 0].sort_values("shade", ascending=False, kind="stable")
     lines = []
@@ -427,7 +427,7 @@ def examples(texts, rows, decode):
         lines.append(snippet(texts.docs[doc], shade, decode))
     shown = dict(texts=f'<div class="texts">{"<br>".join(lines)}</div>')
     if rows.source.nunique() > 1:
-        first_20 = deepest.nlargest(20, "shade", keep="all")  # all rows of the constant tie
+        first_20 = deepest.nlargest(20, "shade", keep="all")  # the constant is alike in all rows
         share = first_20.source.value_counts(normalize=True)
         first = share.idxmax()
         usual = (rows.source == first).mean()
@@ -449,8 +449,8 @@ def promoted_at(texts, row, base, change):
 
 @torch.no_grad()
 def described(model, texts, top, models, maps, promoted):
-    """Returns the table `top` of latents, below a row for each of the maps, with the held-out texts
-    where each is strongest. If there are models, it also has the tokens that each promotes most:
+    """Returns the table `top` of latents with the held-out texts where each is strongest. The maps
+    come first, a row each. If there are models, it also has the tokens that each promotes most:
     latents where they are strongest, maps on average, by `promoted` {name: [vocabulary]}.
     """
     decode = find_decoder(texts)
@@ -534,7 +534,7 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     row["relative_difference"] = size / a.norm(dim=1).mean()
     row = {key: float(y) for key, y in row.items() if np.isfinite(float(y))}
     table = compare(model, frequency).join(latent_scaling(model, held_out.split(1024)))
-    least = min(20 / len(held_out), 0.01)  # fewer rows tell too little
+    least = min(20 / len(held_out), 0.01)  # 20 rows, or 1% of fewer than 2,000
     table["confirmed"] = table.eval(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
 
     # what carries the change
@@ -556,7 +556,7 @@ def report(model, data, config, rows, splice=False, n_texts=16):
             clean, spliced, zero = curve.ce[[f"clean_{m}", f"spliced_{m}", f"zero_{m}"]]
             row[f"loss_recovered_{m}"] = (zero - spliced) / (zero - clean)
         found = {f"{column}_{name}": y for (column, name), y in curve.unstack().items()}
-        found = {f"val/{key}": y for key, y in (row | found).items() if y == y}  # no nan in JSON
+        found = {f"val/{key}": y for key, y in (row | found).items() if np.isfinite(y)}
         train.write_rows(out, [dict(step=config["steps"]) | found])
 
     # the page lists the first 20 latents, and the first 40 that one model has alone
