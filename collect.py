@@ -11,7 +11,7 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
                     position in that doc)
     OUT/finetuned/  the same for the other model. Row i of both is the same token. Rows are shuffled
     OUT/docs/       a Hugging Face dataset, one row per text, or per piece of a text of over seq_len
-                    tokens or 10,000 characters: input_ids, source (in --text) and text (its row there)
+                    tokens or 10,000 characters: input_ids, source (in --text), text (its row there)
     OUT/meta.json   the config; processes; hooks, the module's path in each model; d_model; tokens,
                     rows of base; docs, rows of docs; dropped, tokens left out by reason, and rows
                     without a text; scale, sqrt(d_model) / mean norm of each model's rows;
