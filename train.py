@@ -569,14 +569,9 @@ def stop_soon(number, _):
     signal.signal(number, signal.SIG_DFL)
 
 
-def warm_up(step, steps):
-    """Returns a factor that rises linearly to 1 over the first 5% of the steps."""
-    return min(1, (step + 1) / (0.05 * steps))
-
-
 def lr_factor(step, steps):
-    """Returns the factor of lr: warm-up, then constant, then linear to 0 over the last 20%."""
-    return min(warm_up(step, steps), (steps - step) / (0.2 * steps))
+    """Returns the factor of lr: warm-up over 5% of the steps, constant, linear to 0 over 20%."""
+    return min(1, (step + 1) / (0.05 * steps), (steps - step) / (0.2 * steps))
 
 
 def is_due(step, every, steps):
@@ -658,11 +653,10 @@ def train(config, state=None, data=None):
     out = Path(config["out_dir"])
     steps = config["steps"]
     rank = PartialState().process_index
-    is_new = state is None
-    if is_new:
-        state = dict(step=0, tokens=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
-        if (out / "checkpoint.pt").exists():
-            fail(f"--out_dir={out} holds a run already: continue it by --resume=True")
+    new = dict(step=0, tokens=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
+    if not state and (out / "checkpoint.pt").exists():
+        fail(f"--out_dir={out} holds a run already: continue it by --resume=True")
+    state = state or new
 
     # data, model, optimiser
     torch.manual_seed(config["seed"])
@@ -671,7 +665,7 @@ def train(config, state=None, data=None):
     betas = (config["beta1"], config["beta2"])
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps))
-    if is_new:
+    if state is new:
         model.start_at(data.batch(0))
     else:
         with explain("data, config and checkpoint do not fit each other"):
@@ -713,7 +707,7 @@ def train(config, state=None, data=None):
 
         # forward and backward
         model.train()
-        l1_coeff = config["l1_coeff"] * warm_up(step - 1, steps)
+        l1_coeff = config["l1_coeff"] * min(1, step / (0.05 * steps))  # warm-up
         losses = model.losses(
             raw, l1_coeff, config["aux_coeff"], config["k_aux"], config["dead_after"]
         )
