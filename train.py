@@ -719,9 +719,10 @@ def train(config, state=None, data=None):
 
         # clip and step
         lr = scheduler.get_last_lr()[0]
-        grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        grad_norm = nn.utils.get_total_norm(grads.values())
         if not grad_norm.isfinite():
-            names = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
+            names = [name for name, grad in grads.items() if not grad.isfinite().all()]
             fail(f"step {step}: gradient not finite, of {', '.join(names)}; --lr is {lr:.3g}")
         largest = config["grad_clip"] or torch.inf
         nn.utils.clip_grads_with_norm_(model.parameters(), largest, grad_norm)
