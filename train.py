@@ -637,7 +637,7 @@ def log(out, rows, step, row, prefix=""):
     """Adds a row of metrics to `rows`, metrics.jsonl and wandb, and prints its first numbers."""
     row = {prefix + key: float(y) for key, y in row.items() if np.isfinite(float(y))}
     shown = [f"{key} {y:.4g}" for key, y in row.items()]
-    print(f"{step:7d}  {'  '.join(shown[:8])}", flush=True)
+    print(f"{step:7d} {'  '.join(shown[:8])}", flush=True)
     rows.append({"step": step} | row)
     write_rows(out, rows[-1:])
     wandb.log(row, step=step)
@@ -731,7 +731,8 @@ def train(config, state=None, data=None):
 
         # log
         if is_due(step, config["log_every"], steps):
-            row = reduce(metrics(model, losses))  # means over the processes
+            of_all = gather(dict(x=losses["x"], error=losses["error"].detach()))
+            row = reduce(metrics(model, losses | of_all))  # means over the processes
             row |= dict(lr=lr, l1_coeff=l1_coeff, grad_norm=grad_norm, threshold=model.threshold)
             rate = (tokens - logged_tokens) / (time.perf_counter() - logged_at)
             row |= dict(tokens=tokens, tokens_per_second=rate)
