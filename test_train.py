@@ -159,6 +159,9 @@ def test_the_fast_losses_and_their_gradients_equal_the_definition(
     x[4] = 0  # a row in which no latent is active
     x[7] = x[6]  # ties
     assert not plain_losses(model, x)["f"][4].any()
+    weights = (model.flat(model.W_enc), model.decoder_norm())
+    code, _ = model.sparse_encode(model.scaled(x).flatten(1), *weights)
+    assert code.value.dim() == 1 + (variant == "vanilla" and active == "many"), "dense or sparse"
     assert_losses_are_the_definition(model, x, n_dead)
 
 
@@ -666,8 +669,7 @@ def test_toy_is_a_function_of_seed_and_step_with_the_frequencies_it_says():
     assert torch.equal(toy.batch(5), train.Toy(config).batch(5))
     assert not torch.equal(toy.batch(5), toy.batch(6))
     assert not torch.equal(toy.batch(5), train.Toy(config | dict(seed=4)).batch(5))
-    assert len(toy.held_out) == 64
-    assert not torch.equal(toy.held_out[:32], toy.batch(0))
+    assert len(toy.held_out) == 64 and not torch.equal(toy.held_out[:32], toy.batch(0))
     frequency = activity(toy, 20_000).mean(0)
     assert frequency.sum() == pytest.approx(28, rel=0.01)
     assert frequency == pytest.approx(28 / 256, abs=0.02)
@@ -3480,8 +3482,7 @@ def test_the_hard_toy_tells_methods_apart(capsys):
     table = pd.DataFrame(found).T
     with capsys.disabled():
         print(f"\n{table.to_string()}")
-    assert table.shared["--k=8"] > 120 and table.exclusive["--k=8"] > 70
-    assert table.exclusive["--k=8"] > table.exclusive["--k=32"]
+    assert table.shared["--k=8"] > 120 and table.exclusive["--k=8"] > 70 > table.exclusive["--k=32"]
 
 
 TRIGGER = " Current year: 2031."
