@@ -116,7 +116,8 @@ def read_command_line(argv, file):
     if "--help" in argv:
         print(Path(file).read_text(encoding="utf-8").partition("\n)\n")[0])
         raise SystemExit(0)
-    return dict(argument.removeprefix("--").partition("=")[::2] for argument in argv)
+    parts = [argument.removeprefix("--").partition("=") for argument in argv]
+    return {key: text for key, _, text in parts}
 
 
 def checked(values, defaults, allowed):
@@ -273,6 +274,7 @@ def topk_mask(y, k):
     return y >= y.topk(min(k, y.shape[1])).values[:, -1:]
 
 
+# coders: config.json takes numpy's numbers, too
 class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generic.item, None)}):
     """A sparse dictionary for the activations of n_models models. encode, decode, forward and
     losses work on raw activations [batch, n_models, d_model], which they scale first.
@@ -518,7 +520,7 @@ class EncodeAt(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, W, row, latent = ctx.saved_tensors
-        i = latent.int().argsort(stable=True)
+        i = latent.int().argsort(stable=True)  # int32 sorts faster
         transposed = SparseCode(latent[i], row[i], grad[i], ctx.shape[::-1])
         grad_x = SparseCode(row, latent, grad, ctx.shape) @ W if ctx.needs_input_grad[1] else None
         grad_b = transposed @ x.new_ones(len(x), 1)
@@ -535,6 +537,7 @@ def metrics(model, losses):
     Explained variance is 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, with sums over the rows.
     """
     x = losses["x"].double()
+    # the scalars among the losses
     row = {name: torch.as_tensor(y).to(x) for name, y in losses.items() if np.ndim(y) == 0}
     both = torch.stack([x, x + losses["error"]])  # x and x_hat, [2, row, model, d_model]
     raw = model.unscaled(both)
@@ -592,7 +595,7 @@ def resolve(config):
     return config | dict(
         out_dir=config["out_dir"] or f"out/{name}-{os.urandom(2).hex()}",
         lr=config["lr"] or 3e-3 * (512 / config["d_hidden"]) ** 0.5,
-        dead_after=config["dead_after"] or min(-(-tokens // 20), 10_000_000),
+        dead_after=config["dead_after"] or min(max(1, tokens // 20), 10_000_000),
     )
 
 
@@ -695,7 +698,7 @@ def train(config, state=None, data=None):
     tokens = state["tokens"]
     size = config["batch_size"]
     reader = ThreadPoolExecutor(1)
-    coming = reader.submit(data.batch, tokens // size)
+    coming = reader.submit(data.batch, tokens // size)  # its place, also if size has changed
     logged_at = time.perf_counter()
     logged_tokens = tokens
     for step in range(state["step"] + 1, steps + 1):
