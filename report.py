@@ -183,7 +183,7 @@ class Hooked:
         if i.isdigit() and isinstance(output, torch.Tensor):
             self.skipped = [f"{blocks}.{j}" for j in range(int(i) + 1)]
             error = self.logits(ids, raw) - expected
-            if not error.norm() <= 0.01 * expected.norm():  # nan is not, either
+            if not error.norm() <= 0.01 * expected.norm():  # or if it is nan
                 self.skipped = []
 
     def read(self, ids):

@@ -182,7 +182,7 @@ class Toy:
         g = torch.Generator().manual_seed(config["seed"])
         d = F.normalize(torch.randn(256, 2, self.d_model, generator=g), dim=-1)
         d[:, 1] = F.normalize(d[:, 0] + 0.2 * d[:, 1], dim=-1)  # B turns by 11 degrees
-        d[192:] *= 2**0.5  # one model alone has as much as both
+        d[192:] *= 2**0.5  # so that all features have the same total norm
         d[192:224, 1] = 0
         d[224:, 0] = 0
         self.directions = d  # [feature, model, d_model]
@@ -206,7 +206,7 @@ class Store:
     """Reads a folder with one Hugging Face dataset per model. The column `activation` has lists of
     d_model floats. All other columns must be equal in the datasets, because row i is the same token
     in each. Every epoch shuffles the training rows anew. It leaves out the last few, which do not
-    fill a batch. Held out are the last docs (texts), whole, as many as have val_tokens rows.
+    fill a batch. The last docs (texts) are held out whole: val_tokens rows, or just over.
     """
 
     n_models = 2
@@ -230,7 +230,7 @@ class Store:
                     np.testing.assert_array_equal(frames[0][name], frame[name], name)
             (self.d_model,) = set(d_model.tolist())
             self.doc = frame.get("doc", frame.index).to_numpy()  # else each row is its own doc
-            last_docs = np.sort(self.doc)[::-1][: config["val_tokens"]]  # those of so many rows
+            last_docs = np.sort(self.doc)[::-1][: config["val_tokens"]]  # those of the last rows
             is_held_out = np.isin(self.doc, last_docs)
             self.train_rows = np.flatnonzero(~is_held_out)
             self.val_rows = np.flatnonzero(is_held_out)
@@ -419,7 +419,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         losses |= dict(l0_loss=fired.sum() / len(x), dead_latents=len(dead), fired=fired)
         return losses | dict(x=x.view(raw.shape), error=error.view(raw.shape))
 
-    # --- Sparse: what is 0 in f gets no gradient, so that leaving it out is exact, and fast ---
+    # --- Sparse: latents that are 0 get no gradient. Leaving them out is exact, and fast ---
 
     def sparse_encode(self, x, W_enc, norm):
         """Encodes scaled x [batch, n_models * d_model], given flat(W_enc) and decoder_norm().
@@ -509,7 +509,7 @@ def entries_where(select, x, W, b):
 
 
 class EncodeAt(torch.autograd.Function):
-    """Gives the values of a SparseCode, computed by entries_where, their gradient by x, W and b."""
+    """Returns the values of a SparseCode from entries_where, with their gradient by x, W and b."""
 
     @staticmethod
     def forward(ctx, code, x, W, b):
@@ -537,7 +537,7 @@ def metrics(model, losses):
     Explained variance is 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, with sums over the rows.
     """
     x = losses["x"].double()
-    # the scalars among the losses
+    # the numbers among the losses
     row = {name: torch.as_tensor(y).to(x) for name, y in losses.items() if np.ndim(y) == 0}
     both = torch.stack([x, x + losses["error"]])  # x and x_hat, [2, row, model, d_model]
     raw = model.unscaled(both)
