@@ -360,7 +360,8 @@ class Stream:
         self.shards = self.read()
         docs = take_docs(self.harvest.read(), 2 * config["val_tokens"])
         raw = self.harvest.run(docs)[0]["raw"]  # sorted by length: hold out random ones
-        self.held_out = raw[np.random.default_rng(0).permutation(len(raw))[: config["val_tokens"]]]
+        order = np.random.default_rng(0).permutation(len(raw))
+        self.held_out = raw[order[: config["val_tokens"]]].split(1024)
         self.first = len(docs)  # doc to train on
         self.texts_read = max(texts_read, self.first)
 

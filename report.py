@@ -73,7 +73,7 @@ class Texts:
             self.meta = json.loads((path / "meta.json").read_text())
             docs = load_from_disk(path / "docs")
             self.docs = docs["input_ids"]
-            rows = data.stored[0].data.table.drop_columns("activation").to_pandas()
+            rows = data.columns.to_pandas()
             source = pd.Categorical(docs["source"])
             self.rows = rows.assign(source=source[rows.doc])
             ids = docs.data.column("input_ids").combine_chunks()
@@ -85,9 +85,9 @@ class Texts:
 # --- Latents --------------------------------------------------------------------------------------
 
 
-def compare(model, frequency):
-    """Returns a DataFrame of the latents that fire. `frequency` [d_hidden] is the share of rows in
-    which each does. d_A and d_B are its decoder vectors, each in its model's scale. The columns:
+def compare(model, frequency, dead_after=torch.inf):
+    """Returns a DataFrame of the latents that are alive: they fired in training, in the last
+    dead_after tokens. `frequency` [d_hidden] is the share of held-out rows in which each does. d_A and d_B are its decoder vectors, each in its model's scale. The columns:
     change_per_token  frequency * change
     relative_norm     ||d_B|| / (||d_A|| + ||d_B||): 0 is base only, 1 is fine-tuned only
     change            ||d_B - d_A|| / (||d_A|| + ||d_B||)
@@ -110,7 +110,7 @@ def compare(model, frequency):
         cosine=torch.cosine_similarity(a, b),
         kind=np.take(kinds, bins),
     )
-    return pd.DataFrame(columns).query("frequency > 0")
+    return pd.DataFrame(columns)[(model.since_fired <= dead_after).cpu().numpy()]
 
 
 @torch.no_grad()
@@ -268,7 +268,8 @@ def fit_baselines(crosscoder, store):
     """Fits baselines for B - A to up to 50,000 training rows. Returns maps {name: (W [d_model,
     d_model], bias [d_model])} that predict B - A as a @ W + bias: `map` by ridge regression,
     `rank_1`, its part in its largest output direction, and `constant`, the difference of b_dec.
-    Also the singular vectors of B - A [d_model, d_model], by column, and held-out R^2 of `map`.
+    Also the singular vectors of B - A [d_model, d_model], by column, and the R^2 of `map` in the
+    first 8,192 held-out rows.
     """
     rows = np.sort(store.shuffled(0)[:50_000])
     a, b = store.read(rows).to(crosscoder.scale).unbind(1)
@@ -283,7 +284,7 @@ def fit_baselines(crosscoder, store):
     for name, weights in dict(rank_1=W @ written.outer(written), map=W).items():
         maps[name] = weights, change.mean(0) - a.mean(0) @ weights
     directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)
-    a, b = store.held_out.to(a).unbind(1)
+    a, b = torch.cat(list(islice(store.held_out, 8))).to(a).unbind(1)
     change = b - a
     error = F.mse_loss(a @ W + maps["map"][1], change)
     r2 = 1 - error / change.var(0, correction=0).mean()
@@ -455,15 +456,14 @@ def described(model, texts, top, models, maps, promoted):
     """
     decode = find_decoder(texts)
     rows = texts.rows.iloc[texts.store.val_rows]
-    held_out = texts.store.held_out.float()
-    parts = [model.encode(raw)[:, top.index] for raw in held_out.split(1024)]
-    f = torch.cat(parts)
-    a = held_out[:, 0].to(f)
     d_change, _ = decoder_change(model)
-    strength = {}  # of each row, by name
-    for name, (W, bias) in maps.items():
-        strength[name] = (a @ W + bias).norm(dim=1)
-    strength |= dict(zip(top.index, f.T))
+    strength = []  # of maps and latents, [row, name]
+    for raw in texts.store.held_out:
+        f = model.encode(raw)[:, top.index]
+        a = raw[:, 0].to(model.b_dec)
+        of_maps = [(a @ W + bias).norm(dim=1, keepdim=True) for W, bias in maps.values()]
+        strength.append(torch.cat([*of_maps, f], dim=1))
+    strength = dict(zip([*maps, *top.index], torch.cat(strength).T))
     found = {}
     for name, y in strength.items():
         i = y.argmax().item()
@@ -486,7 +486,7 @@ def described(model, texts, top, models, maps, promoted):
 def pictures(table, rows, curve, path):
     """Draws latents, training and splicing into an SVG file. Returns it as HTML."""
     latents = table[["relative_norm", "cosine", "change"]].astype(float)
-    latents["log10_frequency"] = np.log10(table.frequency)
+    latents["log10_frequency"] = np.log10(table.frequency.replace(0, np.nan))
     latents = latents.round(6)  # no range too narrow for 50 bins
     names = ["step", "loss", "explained_variance", "l0_loss", "dead_latents"]
     training = pd.DataFrame(rows, columns=names, dtype=float).dropna()
@@ -521,20 +521,24 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     if data.n_models != 2 or not config["val_tokens"]:
         print("no report: it compares two models, on rows that are held out (val_tokens)")
         return ""
+    torch.set_float32_matmul_precision("highest")  # fits of B - A do not go with TF32
     texts = Texts(data)
     if splice and not texts.docs:
         fail("--splice=True takes a store that collect.py wrote")
     out = Path(config["out_dir"])
 
     # how large the change is, and a table of the latents
-    row, frequency = train.validate(model, data, config["l1_coeff"])
-    held_out = data.held_out.float()  # [row, model, d_model]
-    a, b = held_out.unbind(1)
-    size = (b - a).norm(dim=1).mean()
-    row["relative_difference"] = size / a.norm(dim=1).mean()
+    dead_after = config["dead_after"]
+    row, frequency = train.validate(model, data, config["l1_coeff"], dead_after)
+    size = []  # norms of B - A and of A, [row, 2]
+    for raw in data.held_out:
+        a, b = raw.float().unbind(1)
+        size.append(torch.stack([b - a, a], dim=1).norm(dim=2))
+    size = torch.cat(size)
+    row["relative_difference"] = size[:, 0].mean() / size[:, 1].mean()
     row = {key: float(y) for key, y in row.items() if np.isfinite(float(y))}
-    table = compare(model, frequency).join(latent_scaling(model, held_out.split(1024)))
-    least = min(20 / len(held_out), 0.01)  # 20 rows, or 1% of fewer than 2,000
+    table = compare(model, frequency, dead_after).join(latent_scaling(model, data.held_out))
+    least = min(20 / len(size), 0.01)  # 20 rows, or 1% of fewer than 2,000
     table["confirmed"] = table.eval(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
 
     # what carries the change

@@ -53,14 +53,16 @@ config = dict(
     # I/O and logging
     out_dir="",  # folder of the run; empty: a new one, out/DATA-VARIANT-TIME
     resume=False,  # continue the run in out_dir; other keys that are given override its own
-    save_every=500,  # steps between checkpoints; 0: only at the end
+    save_every=0,  # steps between checkpoints; 0: every ten minutes
     log_every=50,  # steps between rows of metrics
     eval_every=500,  # steps between validations; 0: only at the end
     wandb_mode="offline",  # offline, online or disabled
     wandb_project="crosscoder",  # name of the project in wandb
     # data
     data="toy",  # toy, path of a store, or stream (collects while training; takes its keys, too)
-    val_tokens=8192,  # rows held out for validation; 0: none
+    val_tokens=-1,  # rows held out for validation; 0: none; -1: 1% of a store, or 8,192
+    rows_together=1,  # neighbouring rows that stay together when rows are shuffled: take 64 to 256
+    # if the store is larger than memory, because disks read neighbours faster
     batch_size=1024,  # tokens per step, over all processes
     # model and losses
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
@@ -84,16 +86,19 @@ config = dict(
 )
 # Allowed values. Numbers without an entry must be at least 0 and finite.
 at_least_1 = pd.Interval(1, 1e15, closed="left")
-allowed = dict.fromkeys(["steps", "d_hidden", "k", "k_aux", "log_every"], at_least_1)
+from_1 = ["steps", "d_hidden", "k", "k_aux", "log_every", "rows_together"]
+allowed = dict.fromkeys(from_1, at_least_1)
 allowed["batch_size"] = pd.Interval(2, 1e9, closed="left")  # a variance takes two rows
-allowed["val_tokens"] = pd.Interval(0, 1e7, closed="left")
+allowed["val_tokens"] = pd.Interval(-1, 1e7, closed="left")
 allowed["dedicated"] = pd.Interval(0, 0.5, closed="both")
 allowed["beta1"] = allowed["beta2"] = pd.Interval(0, 1, closed="left")
 allowed["wandb_mode"] = ["offline", "online", "disabled"]
 allowed["variant"] = ["vanilla", "topk", "batchtopk"]
 allowed["basis"] = ["plain", "delta"]
 
-DENSE = 1 / 20  # share of active latents above which dense products are faster than sparse ones
+# Share of active latents above which dense products are faster than sparse ones. The CPU's is
+# measured. CUDA's is estimated, from the bandwidth and arithmetic of an H100.
+DENSE = dict(cpu=1 / 20, cuda=1 / 500)
 
 
 def fail(message):
@@ -165,9 +170,9 @@ def write_atomically(path, write):
 # --- Data: raw activations, as the models put them out --------------------------------------------
 
 # For data of your own, call train(config, data=...) with an object that has n_models, d_model,
-# held_out [rows, n_models, d_model], and batch(step), which returns this process's rows [n,
-# n_models, d_model]. A thread calls batch one step ahead. The same step must always give the same
-# rows, so that a run can be resumed.
+# held_out, a list of batches [n, n_models, d_model], and batch(step), which returns this process's
+# rows [n, n_models, d_model]. A thread calls batch one step ahead. The same step must always give
+# the same rows, so that a run can be resumed.
 
 
 class Toy:
@@ -186,7 +191,7 @@ class Toy:
         d[192:224, 1] = 0
         d[224:, 0] = 0
         self.directions = d  # [feature, model, d_model]
-        self.held_out = self.rows(config["val_tokens"], key=0)
+        self.held_out = self.rows(config["val_tokens"], key=0).split(1024)
 
     def rows(self, n, key):
         """Returns n rows [n, model, d_model], which depend on the seed and the key alone."""
@@ -202,11 +207,22 @@ class Toy:
         return rows.chunk(process.num_processes)[process.process_index]
 
 
+def views_of(column):
+    """Returns numpy views [rows, d_model] of the chunks of a column of lists, which copy nothing,
+    and where each begins and the last one ends [chunks + 1].
+    """
+    views = []
+    for chunk in column.chunks:
+        for d_model in pc.unique(pc.list_value_length(chunk)).to_pylist():
+            views.append(chunk.flatten().to_numpy().reshape(len(chunk), d_model))
+    return views, np.cumsum([0] + [len(view) for view in views])
+
+
 class Store:
     """Reads a folder with one Hugging Face dataset per model. The column `activation` has lists of
     d_model floats. All other columns must be equal in the datasets, because row i is the same token
-    in each. Every epoch shuffles the training rows anew. It leaves out the last few, which do not
-    fill a batch. The last docs (texts) are held out whole: val_tokens rows, or just over.
+    in each. Random docs (texts) are held out whole: val_tokens rows, or just over. Every epoch
+    shuffles the training rows anew. It leaves out the last few, which do not fill a batch.
     """
 
     n_models = 2
@@ -217,48 +233,75 @@ class Store:
         self.path = Path(config["data"])
         what = f"--data={self.path}: neither toy, nor stream, nor a store of aligned rows of floats"
         with explain(what):
-            stored = [load_from_disk(self.path / name) for name in self.names]
-            self.stored = [dataset.with_format("arrow") for dataset in stored]
-            frames = []  # all columns that must be equal
-            for dataset in stored:
-                table = dataset.data.table
-                d_model = pc.list_value_length(table["activation"]).to_numpy()
-                frame = table.drop_columns("activation").to_pandas().assign(d_model=d_model)
-                frames.append(frame)
-            for frame in frames[1:]:
-                for name in frame.columns.union(frames[0].columns):
-                    np.testing.assert_array_equal(frames[0][name], frame[name], name)
-            (self.d_model,) = set(d_model.tolist())
-            self.doc = frame.get("doc", frame.index).to_numpy()  # else each row is its own doc
-            last_docs = np.sort(self.doc)[::-1][: config["val_tokens"]]  # those of the last rows
-            is_held_out = np.isin(self.doc, last_docs)
+            tables = [load_from_disk(self.path / name).data.table for name in self.names]
+            self.views = [views_of(table["activation"]) for table in tables]
+            sizes = {view.shape[1] for views, _ in self.views for view in views}
+            assert len(sizes) == 1, f"activations of d_model {sizes}"
+            self.d_model = sizes.pop()
+            self.dtype = np.result_type(*[views[0] for views, _ in self.views])
+            self.columns, *others = [table.drop_columns("activation") for table in tables]
+            n = len(tables[0])
+            for other in others:
+                assert len(other) == n, f"{n} and {len(other)} rows"
+                for name in {*self.columns.column_names, *other.column_names}:
+                    if self.columns[name] != other[name]:  # says where they first differ
+                        np.testing.assert_array_equal(self.columns[name], other[name], name)
+            doc = np.arange(n) // 64  # neighbours may be of one text
+            if "doc" in self.columns.column_names:
+                doc = self.columns["doc"].to_numpy()
+            n_held_out = config["val_tokens"]
+            if n_held_out < 0:
+                n_held_out = np.clip(n // 100, min(8192, n // 10), 1_000_000)
+            size = pd.Series(doc).value_counts(sort=False).sample(frac=1, random_state=0)
+            is_held_out = np.isin(doc, size.index[size.cumsum() - size < n_held_out])
             self.train_rows = np.flatnonzero(~is_held_out)
             self.val_rows = np.flatnonzero(is_held_out)
-            n = len(self.train_rows)
-            assert n >= config["batch_size"], f"{n} of {len(frame)} rows are left to train on"
-        self.held_out = self.read(self.val_rows)
+            left = len(self.train_rows)
+            assert left >= config["batch_size"], f"{left} of {n} rows are left to train on"
 
     @functools.lru_cache(2)
     def shuffled(self, epoch):
         """Returns the training rows in the order of that epoch."""
-        return np.random.default_rng([self.config["seed"], epoch]).permutation(self.train_rows)
+        runs = np.arange(0, len(self.train_rows), self.config["rows_together"])
+        np.random.default_rng([self.config["seed"], epoch]).shuffle(runs)
+        place = (runs[:, None] + np.arange(self.config["rows_together"])).ravel()
+        return self.train_rows[place[place < len(self.train_rows)]]
+
+    def take(self, rows):
+        """Returns raw activations [n, model, d_model] of sorted rows, in the store's float type."""
+        raw = np.empty((len(self.views), len(rows), self.d_model), self.dtype)
+        for of_model, (views, starts) in zip(raw, self.views):
+            at = rows.searchsorted(starts)
+            for view, start, lo, hi in zip(views, starts, at, at[1:]):
+                if lo < hi:
+                    of_model[lo:hi] = view[rows[lo:hi] - start]
+        return torch.from_numpy(raw).transpose(0, 1)
 
     def read(self, rows):
-        """Returns these rows' raw activations [n, model, d_model], in the store's float type."""
-        columns = [dataset[rows]["activation"].combine_chunks() for dataset in self.stored]
-        parts = [column.flatten().to_numpy().reshape(-1, self.d_model) for column in columns]
-        raw = np.stack(parts, axis=1)
-        bad = rows[~np.isfinite(raw).all((1, 2))]
+        """Returns raw activations as `take` does. Ends the program at a row with nan or inf."""
+        raw = self.take(rows)
+        bad = rows[~raw.isfinite().flatten(1).all(1).numpy()]
         if len(bad):
             fail(f"{self.path}: row {bad[0]} holds nan or inf")
-        return torch.from_numpy(raw)
+        return raw
 
-    def batch(self, step):
+    @property
+    def held_out(self):
+        for rows in np.split(self.val_rows, range(1024, len(self.val_rows), 1024)):
+            yield self.read(rows)
+
+    def rows(self, step):
+        """Returns the rows of this process's part of a batch. Sorted ones are read faster, and the
+        order within a batch means nothing.
+        """
         size = self.config["batch_size"]
         epoch, i = divmod(step, len(self.train_rows) // size)
-        rows = self.shuffled(epoch)[i * size : (i + 1) * size]
+        rows = np.sort(self.shuffled(epoch)[i * size : (i + 1) * size])
         process = PartialState()
-        return self.read(rows.reshape(process.num_processes, -1)[process.process_index])
+        return rows.reshape(process.num_processes, -1)[process.process_index]
+
+    def batch(self, step):
+        return self.take(self.rows(step))
 
 
 # --- Crosscoder -----------------------------------------------------------------------------------
@@ -272,6 +315,11 @@ def mean_size(x):
 def topk_mask(y, k):
     """Returns the top-k mask of each row of y [batch, n]. Ties with the k-th largest are in it."""
     return y >= y.topk(min(k, y.shape[1])).values[:, -1:]
+
+
+def nth_largest(y, n):
+    """Returns the n-th largest number of y [any], or 0 if there are fewer."""
+    return F.pad(y, (0, n)).topk(n, sorted=False).values.min()
 
 
 # coders: config.json takes numpy's numbers, too
@@ -339,12 +387,14 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         self.since_fired.zero_()
 
     def scaled(self, raw):
-        """Returns the scaled activations x, which the parameters work on."""
-        return self.to_scaled @ raw.to(self.to_scaled)
+        """Returns the scaled activations x, which the parameters work on. The product is in
+        float64: in float32, CUDA would round the activations to ten bits, and then subtract.
+        """
+        return (self.to_scaled.double() @ raw.double()).to(self.to_scaled)
 
     def unscaled(self, x):
         """Returns raw activations, as the inverse of `scaled`."""
-        return self.to_scaled.double().inverse().to(x) @ x
+        return (self.to_scaled.double().inverse() @ x.double()).to(x)
 
     def in_models(self, W):
         """Maps decoder vectors [n, n_models, d_model] to each model's raw activations, times that
@@ -372,7 +422,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         code, _ = self.sparse_encode(
             self.scaled(raw).flatten(1), self.flat(self.W_enc), self.decoder_norm()
         )
-        return code.value.new_zeros(code.shape).index_put((code.row, code.latent), code.value)
+        return code.dense()
 
     def decode(self, f):
         """Returns the raw reconstruction for f [batch, d_hidden]."""
@@ -399,14 +449,15 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         x_hat = f @ W_dec + self.b_dec.flatten()
         error = x_hat - x
         l2_loss = error.square().sum() / len(x)
-        l1_loss = (f.value * norm[f.latent]).sum() / len(x)
+        l1_loss = (f @ norm[:, None]).sum() / len(x)
 
         aux_loss = torch.zeros_like(l2_loss)
         if aux_coeff and len(dead):  # no ReLU: negative pre-activations get a gradient, too
             with torch.no_grad():
                 select = functools.partial(topk_mask, k=k_aux)
                 code = entries_where(select, x, W_enc[dead], self.b_enc[dead])
-            code = code._replace(latent=dead[code.latent], shape=(len(x), len(norm)))
+            shape = torch.Size([len(x), len(norm)])
+            code = code._replace(latent=dead[code.latent], shape=shape)
             code = code._replace(value=EncodeAt.apply(code, x, W_enc, self.b_enc))
             residual = -error.detach()
             aux_loss = (residual - code @ W_dec).square().sum() / len(x)
@@ -425,8 +476,9 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         """Encodes scaled x [batch, n_models * d_model], given flat(W_enc) and decoder_norm().
         Returns f as a SparseCode, and the number of rows in which each latent fires [d_hidden].
         """
+        dense = DENSE[x.device.type]
         sample = F.linear(x[:8], W_enc, self.b_enc)
-        if self.variant == "vanilla" and (sample > 0).float().mean() > DENSE:  # early in training
+        if self.variant == "vanilla" and (sample > 0).float().mean() > dense:  # early in training
             cut = self.threshold  # which stays 0
             row = torch.arange(len(x), device=x.device)[:, None]
             latent = torch.arange(len(norm), device=x.device)
@@ -436,25 +488,31 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
             code, cut = self.choose(x, W_enc, norm)
             code = code._replace(value=EncodeAt.apply(code, x, W_enc, self.b_enc))
         f = self.activate(code.value, code.latent)
-        fired = code.latent.expand_as(f)[f > 0].bincount(minlength=len(norm))
+        latent = code.latent.expand_as(f).flatten()
+        fired = torch.zeros_like(norm).index_add(0, latent, (f > 0).to(norm).flatten())
         if self.training:  # update the buffers, as BatchNorm does
             self.since_fired += len(x) * PartialState().num_processes
-            self.since_fired[reduce(fired.float()) > 0] = 0
+            self.since_fired.masked_fill_(reduce(fired) > 0, 0)
             is_first = self.threshold == 0
             self.threshold.lerp_(cut, torch.where(is_first, 1.0, 0.1))
         return code._replace(value=f), fired
 
     @torch.no_grad()
-    def choose(self, x, W_enc, norm, search_from=0.9):
+    def choose(self, x, W_enc, norm, margin=1):
         """Chooses the active latents by their scores, pre-activation * norm. Returns their
         pre-activations as a SparseCode, and the cut: scores >= cut are kept. In training, batchtopk
-        first looks only at scores over 0.9 of its threshold. If they are too few, it looks at all.
+        looks only at scores over 0.9 of its threshold. If they are too few, it looks at those over
+        a cut that, in a sample of rows, `margin` times as many as needed exceed.
         """
         norm = norm.clamp(min=1e-30)  # so that a latent whose decoder is 0 can recover
         is_searching = self.variant == "batchtopk" and self.training
         cut = self.threshold  # 0 in vanilla and topk
         if is_searching:
-            cut = search_from * cut
+            cut = 0.9 * cut
+        if margin > 1:
+            sample = x[:: len(x) // 32 + 1]
+            scores = F.relu(F.linear(sample, W_enc, self.b_enc) * norm).flatten()
+            cut = gather(nth_largest(scores, margin * self.k * len(sample))).max()
         bound = 0.9999 * cut / norm  # for pre; slightly low, because of rounding
 
         def is_candidate(pre):  # [rows, d_hidden]
@@ -466,12 +524,11 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         score = code.value * norm[code.latent]
         if is_searching:
             n = self.k * len(x) * PartialState().num_processes
-            scores = F.pad(gather(pad_across_processes(score)), (0, n))  # 0 where there are too few
-            least = scores.topk(n, sorted=False).values.min()
+            least = nth_largest(gather(pad_across_processes(score)), n)
             if least < cut:
-                return self.choose(x, W_enc, norm, search_from=0)
+                return self.choose(x, W_enc, norm, 2 * margin)
             cut = least
-        keep = score >= cut
+        keep = (score >= cut).nonzero().flatten()
         return SparseCode(code.row[keep], code.latent[keep], code.value[keep], code.shape), cut
 
 
@@ -484,12 +541,17 @@ class SparseCode(NamedTuple):
     row: torch.Tensor
     latent: torch.Tensor
     value: torch.Tensor
-    shape: tuple
+    shape: torch.Size
+
+    def dense(self):
+        """Returns the matrix [batch, d_hidden]."""
+        zeros = self.value.new_zeros(self.shape)
+        return zeros.index_put((self.row, self.latent), self.value)
 
     def __matmul__(self, W):
         """Returns the product with W [d_hidden, d]: [batch, d]."""
-        if self.value.dim() == 2:
-            return self.value @ W
+        if self.value.numel() > DENSE[W.device.type] * self.shape.numel():
+            return self.dense() @ W
         starts = torch.searchsorted(self.row, torch.arange(self.shape[0], device=W.device))
         f = self.value.to(W)
         return F.embedding_bag(self.latent, W, starts, per_sample_weights=f, mode="sum")
@@ -505,7 +567,7 @@ def entries_where(select, x, W, b):
         row, column = select(pre).nonzero(as_tuple=True)
         blocks.append((first + row, column, pre[row, column]))
     row, column, value = map(torch.cat, zip(*blocks))
-    return SparseCode(row, column, value, (len(x), len(W)))
+    return SparseCode(row, column, value, torch.Size([len(x), len(W)]))
 
 
 class EncodeAt(torch.autograd.Function):
@@ -531,34 +593,52 @@ class EncodeAt(torch.autograd.Function):
 
 
 @torch.no_grad()
-def metrics(model, losses):
-    """Returns {name: tensor []} of the numbers in model.losses(raw) and of explained variances: of
-    scaled activations, of the raw ones of each model (_A, _B), and of B - A (_difference).
-    Explained variance is 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, with sums over the rows.
+def sums(model, losses):
+    """Returns {name: tensor}, sums over rows that add up over batches and processes: of each number
+    in model.losses(raw), and of ||x - x_hat||^2, ||x||^2 and x for each explained variance.
     """
     x = losses["x"].double()
-    # the numbers among the losses
-    row = {name: torch.as_tensor(y).to(x) for name, y in losses.items() if np.ndim(y) == 0}
+    n = x.new_tensor(len(x))
+    total = {name: n * y for name, y in losses.items() if np.ndim(y) == 0}
     both = torch.stack([x, x + losses["error"]])  # x and x_hat, [2, row, model, d_model]
     raw = model.unscaled(both)
     views = {"": both, "_difference": raw[:, :, -1] - raw[:, :, 0]}
     views |= {f"_{letter}": of_model for letter, of_model in zip("ABCDEFGH", raw.unbind(2))}
     for name, (y, y_hat) in views.items():
-        error = (y - y_hat).square().sum()
-        row[f"explained_variance{name}"] = 1 - error / (y - y.mean(0)).square().sum()
+        squares = torch.stack([(y - y_hat).square().sum(), y.square().sum()])
+        total[f"explained_variance{name}"] = torch.cat([squares, y.sum(0).flatten()])
+    return total | dict(rows=n)
+
+
+def metrics(total):
+    """Returns {name: tensor []} for a total of `sums`: means over the rows, and explained variances
+    of scaled activations, of the raw ones of each model (_A, _B), and of B - A (_difference).
+    Explained variance is 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, with sums over the rows.
+    """
+    row = {name: y / total["rows"] for name, y in total.items()}
+    del row["rows"]
+    for name, y in row.items():
+        if y.dim():
+            row[name] = 1 - y[0] / (y[1] - y[2:].square().sum())
     return row
 
 
 @torch.no_grad()
-def validate(model, data, l1_coeff):
-    """Puts the model into eval mode. Returns metrics of the held-out rows, and the share of these
-    rows in which each latent fires [d_hidden].
+def validate(model, data, l1_coeff=0.0, dead_after=torch.inf, n_rows=torch.inf):
+    """Puts the model into eval mode. Returns metrics of the held-out rows, and the share of them in
+    which each latent fires [d_hidden]. Stops after the batch in which row n_rows comes.
     """
     model.eval()
-    losses = model.losses(data.held_out, l1_coeff)
-    row = metrics(model, losses)
-    row["dead_latents"] = (losses["fired"] == 0).sum()
-    return row, losses["fired"].double() / len(data.held_out)
+    total = {}
+    fired = 0
+    for raw in data.held_out:
+        losses = model.losses(raw, l1_coeff, dead_after=dead_after)
+        fired = fired + losses["fired"].double()
+        for name, y in sums(model, losses).items():
+            total[name] = total.get(name, 0) + y
+        if total["rows"] >= n_rows:
+            break
+    return metrics(total), fired / total["rows"]
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -590,9 +670,13 @@ def resolve(config):
         fail("--batch_size is not a multiple of the number of processes")
     if config["dedicated"] and config["basis"] != "plain":
         fail("--dedicated is for the plain basis only")
+    val_tokens = config["val_tokens"]
+    if val_tokens < 0 and config["data"] in ("toy", "stream"):
+        val_tokens = 8192
     name = f"{Path(config['data']).name}-{config['variant']}-{time.strftime('%Y%m%d-%H%M%S')}"
     tokens = config["steps"] * config["batch_size"]
     return config | dict(
+        val_tokens=val_tokens,
         out_dir=config["out_dir"] or f"out/{name}-{os.urandom(2).hex()}",
         lr=config["lr"] or 3e-3 * (512 / config["d_hidden"]) ** 0.5,
         dead_after=config["dead_after"] or min(max(1, tokens // 20), 10_000_000),
@@ -646,6 +730,22 @@ def log(out, rows, step, row, prefix=""):
     wandb.log(row, step=step)
 
 
+def fetch(data, step, device):
+    """Returns a batch on the device. On CUDA the reader thread copies it there, in pinned memory."""
+    raw = data.batch(step)
+    if device.type == "cuda":
+        raw = raw.pin_memory()
+    return raw.to(device, non_blocking=True)
+
+
+def check_batch(data, step):
+    """Ends the program if that batch of a store has a row with nan or inf. Looking at every batch
+    would take longer than reading it, so this is called when a gradient is not finite.
+    """
+    if isinstance(data, Store):
+        data.read(data.rows(step))
+
+
 def train(config, state=None, data=None):
     """Trains a crosscoder and returns it in eval mode. Give a `state` from read_checkpoint to
     continue a run, and a `data` object of your own to train on that instead of config["data"].
@@ -669,6 +769,7 @@ def train(config, state=None, data=None):
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps))
     if state is new:
+        check_batch(data, 0)
         model.start_at(data.batch(0))
     else:
         with explain("data, config and checkpoint do not fit each other"):
@@ -679,8 +780,6 @@ def train(config, state=None, data=None):
                 assert all(y.shape in (p.shape, ()) for y in of_p.values()), "moments"
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
     if state["step"] >= steps:
-        if rank == 0:
-            model.save_pretrained(out)
         print(f"finished already; its report: python report.py --run={out}")
         return model.eval()
     for _ in range(state["step"]):  # brings a scheduler of any kind to its place
@@ -698,15 +797,15 @@ def train(config, state=None, data=None):
     tokens = state["tokens"]
     size = config["batch_size"]
     reader = ThreadPoolExecutor(1)
-    coming = reader.submit(data.batch, tokens // size)  # its place, also if size has changed
-    logged_at = time.perf_counter()
+    coming = reader.submit(fetch, data, tokens // size, device)  # its place, if size has changed
+    logged_at = saved_at = time.perf_counter()
     logged_tokens = tokens
     for step in range(state["step"] + 1, steps + 1):
         # batch: the next one is read while this one is trained on
         raw = coming.result()
         tokens += size
         if step < steps:
-            coming = reader.submit(data.batch, tokens // size)
+            coming = reader.submit(fetch, data, tokens // size, device)
 
         # forward and backward
         model.train()
@@ -725,8 +824,10 @@ def train(config, state=None, data=None):
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         grad_norm = nn.utils.get_total_norm(grads.values())
         if not grad_norm.isfinite():
+            check_batch(data, (tokens - 1) // size)
             names = [name for name, grad in grads.items() if not grad.isfinite().all()]
             fail(f"step {step}: gradient not finite, of {', '.join(names)}; --lr is {lr:.3g}")
+        stop = reduce(grad_norm.new_tensor(len(stop_signals))) > 0
         largest = config["grad_clip"] or torch.inf
         nn.utils.clip_grads_with_norm_(model.parameters(), largest, grad_norm)
         optimizer.step()
@@ -734,8 +835,7 @@ def train(config, state=None, data=None):
 
         # log
         if is_due(step, config["log_every"], steps):
-            of_all = gather(dict(x=losses["x"], error=losses["error"].detach()))
-            row = reduce(metrics(model, losses | of_all))  # means over the processes
+            row = metrics(reduce(sums(model, losses)))
             row |= dict(lr=lr, l1_coeff=l1_coeff, grad_norm=grad_norm, threshold=model.threshold)
             rate = (tokens - logged_tokens) / (time.perf_counter() - logged_at)
             row |= dict(tokens=tokens, tokens_per_second=rate)
@@ -746,12 +846,13 @@ def train(config, state=None, data=None):
 
         # validate (for early stopping, break after the save below)
         if rank == 0 and config["val_tokens"] and is_due(step, config["eval_every"], steps):
-            row, _ = validate(model, data, l1_coeff)
+            row, _ = validate(model, data, l1_coeff, config["dead_after"], 8192)
             log(out, rows, step, row, "val/")
 
         # save (weights first, so that they are never older than the checkpoint), stop if signalled
-        stop = reduce(grad_norm.new_tensor(len(stop_signals))) > 0
-        if rank == 0 and (stop or is_due(step, config["save_every"], steps)):
+        is_time = config["save_every"] == 0 and time.perf_counter() > saved_at + 600
+        if rank == 0 and (stop or is_time or is_due(step, config["save_every"], steps)):
+            saved_at = time.perf_counter()
             model.save_pretrained(out)
             state |= dict(config=config, step=step, tokens=tokens, rows=rows)
             state["texts_read"] = getattr(data, "texts_read", 0)
