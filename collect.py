@@ -7,18 +7,19 @@ through both, at the same place. It writes a store, which train.py reads.
 Any key of the config can be set by --key=value. A store is a folder, OUT:
 
     OUT/base/       a Hugging Face dataset (load_from_disk), one row per token: activation (float16
-                    [d_model], unscaled), token (its id), doc (its row in OUT/docs) and pos (its
-                    position in that doc)
+                    [d_model], divided by divided_by), token (its id), doc (its row in OUT/docs) and
+                    pos (its position in that doc)
     OUT/finetuned/  the same for the other model. Row i of both is the same token. Rows are shuffled
     OUT/docs/       a Hugging Face dataset, one row per text, or per piece of a text of over seq_len
                     tokens or 10,000 characters: input_ids, source (in --text), text (its row there)
     OUT/meta.json   the config; processes; hooks, the module's path in each model; d_model; tokens,
                     rows of base; docs, rows of docs; dropped, tokens left out by reason, and rows
-                    without a text; scale, sqrt(d_model) / mean norm of each model's rows;
+                    without a text; divided_by, a power of two, 1 unless rows are too large for
+                    float16; scale, sqrt(d_model) / mean norm of each model's rows;
                     tokenizer; versions of packages; shards and counts, for continuing
 
 A token is left out if it is padding, special, or among the first skip_positions of its doc, if its
-norm in either model is over max_norm_ratio times the median, or if float16 cannot hold it.
+norm in either model is over max_norm_ratio times the median, or if it is not finite.
 
 While it runs, the store is called OUT.building. If it is killed, run the same command again: it
 continues. Memory holds both models, at 4 bytes a weight (2 in bfloat16), and two copies of a shard
@@ -281,6 +282,8 @@ class Harvest:
         row = 4 * base.config.get_text_config().hidden_size  # bytes, float16 of both
         sizes = np.array([of_models, 2 * row * config["shuffle_rows"], row * 1e6]) / 1e9
         print(f"texts of up to {seq_len} tokens; in GB models, a shard, 1M rows: {sizes.round(2)}")
+        if device.type == "cuda":  # highest is float32, high is TF32
+            print(f"precision of float32 products: {torch.get_float32_matmul_precision()}")
 
         ids_of_base = tokenizer_of_base.get_vocab()
         differ = [t for t, i in self.tokenizer.get_vocab().items() if ids_of_base.get(t, i) != i]
@@ -290,7 +293,7 @@ class Harvest:
         self.special = torch.tensor(special + self.tokenizer.all_special_ids)
 
         # the median norm is of the first rows, which are the same in every process
-        self.largest_norm = torch.inf
+        self.largest_norm = self.divided_by = torch.inf
         docs = self.read()
         while shard := take_docs(docs, 4096):
             rows, _ = self.run(shard)
@@ -298,7 +301,10 @@ class Harvest:
                 break
         else:
             fail(f"--text={config['text']}: no token of its texts is left")
-        self.largest_norm = config["max_norm_ratio"] * rows["norm"].median(dim=0).values  # [model]
+        median = rows["norm"].median(dim=0).values  # [model]
+        self.largest_norm = config["max_norm_ratio"] * median.to(self.models[0][0].device)
+        largest = min(config["max_norm_ratio"], 1000) * median.max().item()
+        self.divided_by = 2.0 ** max(0, int(np.ceil(np.log2(largest / 65504))))
         self.no_rows = {name: column[:0] for name, column in rows.items()}
         self.d_model = rows["raw"].shape[2]
 
@@ -309,37 +315,38 @@ class Harvest:
 
     def run(self, docs):
         """Returns the rows that are kept, as columns, and a Counter of the dropped tokens, each by
-        its first reason. Columns: raw [row, model, d_model] float16, norm [row, model],
-        token (its id), doc (index in docs) and pos [row].
+        its first reason. Columns: raw [row, model, d_model] float16, divided by divided_by, norm
+        [row, model] before that, token (its id), doc (index in docs) and pos [row].
         """
         if not docs:  # the last shard may have fewer docs than there are processes
             return self.no_rows, Counter()
+        device = self.models[0][0].device
         length = torch.tensor([len(ids) for _, _, ids in docs])
         parts = []
         dropped = Counter()
         for batch in length.argsort(stable=True).split(self.config["texts_per_batch"]):
             texts = [torch.tensor(docs[i][2]) for i in batch]
-            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-            doc = batch[:, None].expand_as(ids)
-            pos = torch.arange(ids.shape[1]).expand_as(ids)
-            keep = pos < length[doc]  # [batch, position], without padding
-            both = [activations(*pair, ids, keep.long()).float().cpu() for pair in self.models]
-            with explain("base and finetuned are of different size at the hook", RuntimeError):
-                raw = torch.stack(both, dim=2)  # [batch, position, model, d_model]
-            norm = raw.norm(dim=-1)
+            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
+            doc = batch.to(device)[:, None].expand_as(ids)
+            pos = torch.arange(ids.shape[1], device=device).expand_as(ids)
+            keep = pos < length[batch].to(device)[:, None]  # [batch, position], without padding
+            both = [activations(*pair, ids, keep.long()).to(device) for pair in self.models]
+            norm = torch.stack([raw.norm(dim=-1, dtype=torch.float32) for raw in both], dim=-1)
 
             reasons = dict(
-                special_token=torch.isin(ids, self.special),
+                special_token=torch.isin(ids, self.special.to(device)),
                 skipped_position=pos < self.config["skip_positions"],
-                over_float16=~(raw.abs().amax((2, 3)) <= 65504),  # nan is, too
                 outlier_norm=(norm > self.largest_norm).any(-1),
+                over_float16=~(norm <= 65504 * self.divided_by).all(-1),  # nan is, too
             )
             for reason, drop in reasons.items():
                 dropped[reason] += (keep & drop).sum().item()
                 keep &= ~drop
-            columns = dict(raw=raw.half(), norm=norm, token=ids, doc=doc, pos=pos)
-            parts.append({name: column[keep] for name, column in columns.items()})
-            self.bar.update(keep.sum().item())
+            with explain("base and finetuned are of different size at the hook", RuntimeError):
+                raw = torch.stack([raw[keep].div_(self.divided_by).half() for raw in both], dim=1)
+            columns = dict(norm=norm[keep], token=ids[keep], doc=doc[keep], pos=pos[keep], raw=raw)
+            parts.append({name: column.cpu() for name, column in columns.items()})
+            self.bar.update(len(raw))
         return {name: torch.cat([part[name] for part in parts]) for name in columns}, dropped
 
 
@@ -437,6 +444,7 @@ def collect(config):
     harvest = Harvest(config)
     meta["hooks"] = [hook for _, hook in harvest.models]
     meta |= dict(d_model=harvest.d_model, tokenizer=harvest.tokenizer.name_or_path)
+    meta["divided_by"] = harvest.divided_by
     meta["versions"] = {p: version(p) for p in ("torch", "transformers", "nnsight", "datasets")}
     building.mkdir(parents=True, exist_ok=True)
     with open(building / "lock", "w") as lock:
@@ -489,7 +497,8 @@ def add_shard(harvest, building, docs, meta):
     meta |= dict(counts=counts, tokens=counts["tokens"], docs=meta["docs"] + len(docs))
     meta["shards"] += 1
     meta["dropped"] = {reason: counts[reason] for reason in dropped} | harvest.empty
-    meta["scale"] = [harvest.d_model**0.5 * counts["tokens"] / (counts[n] or 1) for n in norms]
+    unit = harvest.divided_by * harvest.d_model**0.5
+    meta["scale"] = [unit * counts["tokens"] / (counts[n] or 1) for n in norms]
     if rank == 0:
         for name in tables:
             list_files(building / name)

@@ -87,7 +87,8 @@ class Texts:
 
 def compare(model, frequency, dead_after=torch.inf):
     """Returns a DataFrame of the latents that are alive: they fired in training, in the last
-    dead_after tokens. `frequency` [d_hidden] is the share of held-out rows in which each does. d_A and d_B are its decoder vectors, each in its model's scale. The columns:
+    dead_after tokens. `frequency` [d_hidden] is the share of held-out rows in which each does. d_A
+    and d_B are its decoder vectors, each in its model's scale. The columns:
     change_per_token  frequency * change
     relative_norm     ||d_B|| / (||d_A|| + ||d_B||): 0 is base only, 1 is fine-tuned only
     change            ||d_B - d_A|| / (||d_A|| + ||d_B||)
@@ -164,13 +165,16 @@ def toy_score(toy, model, table):
 
 
 class Hooked:
-    """A language model with a hook, the path of one of its modules."""
+    """A language model with a hook, the path of one of its modules. Activations are what the module
+    puts out, divided by `divided_by`, as in the store.
+    """
 
-    def __init__(self, model, hook):
+    def __init__(self, model, hook, divided_by):
         from nnsight import NNsight
 
         self.model = NNsight(model.requires_grad_(False))
         self.hook = hook
+        self.divided_by = divided_by
         self.skipped = []
         ids = torch.arange(8, device=model.device)[None]
         raw = self.read(ids)
@@ -190,7 +194,8 @@ class Hooked:
         """Returns the activations [position, d_model] at the hook for a text, ids [1, position]."""
         from collect import activations
 
-        return activations(self.model, self.hook, ids, torch.ones_like(ids))[0].float()
+        raw = activations(self.model, self.hook, ids, torch.ones_like(ids))[0]
+        return raw.float() / self.divided_by
 
     def logits(self, ids, raw):
         """Returns the logits [position, vocabulary] with raw [position, d_model] at the hook."""
@@ -200,7 +205,7 @@ class Hooked:
             for path in self.skipped:
                 block = self.model.get(path)
                 block.skip(block.input)
-            hidden(self.model.get(self.hook).output)[0] = raw
+            hidden(self.model.get(self.hook).output)[0] = raw * self.divided_by
             logits = self.model.output.logits.save()
         return logits[0].float()
 
@@ -210,9 +215,11 @@ def load_models(texts, device):
     import collect
 
     with explain(f"{texts.store.path}/meta.json does not name two models and a hook in each"):
-        meta = collect.config | texts.meta | dict(trust_remote_code=False)
+        meta = collect.config | dict(divided_by=1.0) | texts.meta | dict(trust_remote_code=False)
         hooks = dict(zip(texts.store.names, map(str, meta["hooks"]), strict=True))
-    models = [Hooked(collect.load(key, meta, device)[0], hook) for key, hook in hooks.items()]
+    models = []
+    for key, hook in hooks.items():
+        models.append(Hooked(collect.load(key, meta, device)[0], hook, meta["divided_by"]))
     sizes = {hooked.model.config.get_text_config().vocab_size for hooked in models}
     if len(sizes) > 1:
         fail("--splice=True: the models have vocabularies of different sizes")

@@ -524,6 +524,43 @@ def test_a_new_model_starts_at_the_mean_with_scales_and_a_threshold_and_no_laten
         torch.testing.assert_close(y.norm(dim=-1).mean(0), expected, rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_are_the_same_bits_each_time(variant):
+    """Of a batch so large that torch adds up in several threads."""
+    model = train.CrossCoder(2, 8, 2048, variant, k=64)
+    model.b_enc.data -= 1.0  # 8% of vanilla's latents are active, too few for dense products
+    train.DENSE, before = dict(cpu=0.2), train.DENSE
+    model.since_fired[:300] = 100
+    x = torch.randn(1024, 2, 8)
+    found = []
+    for _ in range(4):
+        again = copy.deepcopy(model)
+        losses = again.losses(x, l1_coeff=2.0, aux_coeff=0.1, k_aux=64, dead_after=50)
+        assert losses["l0_loss"] * len(x) > 2**15
+        found.append(gradients(again, losses["loss"]))
+    train.DENSE = before
+    for name, first in found[0].items():
+        assert all(torch.equal(first, other[name]) for other in found[1:]), name
+
+
+@pytest.mark.parametrize("threshold", [1e9, 3.0])
+def test_the_search_of_batchtopk_never_holds_many_more_than_it_keeps(threshold, monkeypatch):
+    held = []
+    real = train.entries_where
+
+    def entries_where(*args):
+        code = real(*args)
+        held.append(len(code.value))
+        return code
+
+    monkeypatch.setattr(train, "entries_where", entries_where)
+    model = train.CrossCoder(2, 8, 4096, "batchtopk", k=4)
+    model.threshold.fill_(threshold)
+    losses = model.losses(torch.randn(512, 2, 8))
+    assert losses["l0_loss"] == 4
+    assert len(held) < 4 and max(held) < 8 * 4 * 512, "of a million that are over 0"
+
+
 def test_latents_are_dead_that_were_silent_for_more_than_dead_after():
     model = crosscoder("topk")
     model.since_fired.fill_(999)[[3, 17]] = 1000
@@ -1036,6 +1073,21 @@ def test_tokens_per_second_are_of_the_steps_since_the_row_before(monkeypatch):
     options = ["--wandb_mode=disabled", "--val_tokens=0", "--save_every=100"]
     run("--steps=15", "--out_dir=out", *options)
     assert [row["tokens_per_second"] for row in metrics("out")] == [5 * 64] * 3
+
+
+def test_a_run_saves_every_ten_minutes_and_at_its_end(monkeypatch):
+    clock = itertools.count(step=250)  # seconds; it is read once a step, and once at each save
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    saved = []
+    real = train.torch.save
+
+    def save(state, path):
+        saved.append(state["step"])
+        real(state, path)
+
+    monkeypatch.setattr(train.torch, "save", save)
+    run("--steps=10", "--log_every=1000", "--out_dir=out", "--wandb_mode=disabled")
+    assert saved == [3, 6, 9, 10]
 
 
 # --- Command line ---------------------------------------------------------------------------------

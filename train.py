@@ -36,6 +36,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
@@ -246,14 +247,16 @@ class Store:
                 for name in {*self.columns.column_names, *other.column_names}:
                     if self.columns[name] != other[name]:  # says where they first differ
                         np.testing.assert_array_equal(self.columns[name], other[name], name)
-            doc = np.arange(n) // 64  # neighbours may be of one text
+            doc = pa.chunked_array([np.arange(n) // 64])  # neighbours may be of one text
             if "doc" in self.columns.column_names:
-                doc = self.columns["doc"].to_numpy()
+                doc = self.columns["doc"]
             n_held_out = config["val_tokens"]
             if n_held_out < 0:
                 n_held_out = np.clip(n // 100, min(8192, n // 10), 1_000_000)
-            size = pd.Series(doc).value_counts(sort=False).sample(frac=1, random_state=0)
-            is_held_out = np.isin(doc, size.index[size.cumsum() - size < n_held_out])
+            sizes = pa.Table.from_struct_array(doc.value_counts()).to_pandas()
+            sizes = sizes.sample(frac=1, random_state=0)
+            held_out = sizes["values"][sizes.counts.cumsum() - sizes.counts < n_held_out]
+            is_held_out = pc.is_in(doc, pa.array(held_out)).to_numpy()
             self.train_rows = np.flatnonzero(~is_held_out)
             self.val_rows = np.flatnonzero(is_held_out)
             left = len(self.train_rows)
@@ -411,8 +414,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         return (W * self.mask if self.dedicated else W).flatten(1)
 
     def activate(self, pre, latent):
-        """Returns f for the pre-activations pre, [n] or in a dense code [batch, d_hidden]. Index a
-        parameter of the latents by `latent`: p[latent] fits both. f and its gradient must be 0
+        """Returns f for the pre-activations pre, [n] or in a dense code [batch, d_hidden]. For a
+        parameter p [d_hidden], p.index_select(0, latent) fits both. f and its gradient must be 0
         where pre <= 0. Use an activation like JumpReLU with vanilla: the others choose by pre.
         """
         return F.relu(pre)
@@ -449,7 +452,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         x_hat = f @ W_dec + self.b_dec.flatten()
         error = x_hat - x
         l2_loss = error.square().sum() / len(x)
-        l1_loss = (f @ norm[:, None]).sum() / len(x)
+        l1_loss = (f.value * norm.index_select(0, f.latent)).sum() / len(x)
 
         aux_loss = torch.zeros_like(l2_loss)
         if aux_coeff and len(dead):  # no ReLU: negative pre-activations get a gradient, too
@@ -731,7 +734,7 @@ def log(out, rows, step, row, prefix=""):
 
 
 def fetch(data, step, device):
-    """Returns a batch on the device. On CUDA the reader thread copies it there, in pinned memory."""
+    """Returns a batch on the device. This is called in a thread, so that no step waits for it."""
     raw = data.batch(step)
     if device.type == "cuda":
         raw = raw.pin_memory()
