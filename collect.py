@@ -11,7 +11,7 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
                     pos (its position in that doc)
     OUT/finetuned/  the same for the other model. Row i of both is the same token. Rows are shuffled
     OUT/docs/       a Hugging Face dataset, one row per text, or per piece of a text of over seq_len
-                    tokens or 10,000 characters: input_ids, source (in --text), text (its row there)
+                    tokens: input_ids, source (in --text), text (its number there, as shuffled)
     OUT/meta.json   the config; processes; hooks, the module's path in each model; d_model; tokens,
                     rows of base; docs, rows of docs; dropped, tokens left out by reason, and rows
                     without a text; divided_by, a power of two, 1 unless rows are too large for
@@ -46,11 +46,12 @@ from train import checked, explain, fail, read_command_line, set_up, write_atomi
 # isort: split
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, tqdm
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, load_dataset, load_dataset_builder, load_from_disk
 from datasets.utils.logging import CRITICAL, set_verbosity
 from nnsight import NNsight
 from nnsight.intervention.interleaver import OutOfOrderError
@@ -65,17 +66,19 @@ config = dict(
     # what
     base="",  # the base model, a folder or hub name; empty: the one that the adapter's config names
     finetuned="",  # fine-tuned from it, or a LoRA adapter; its tokenizer (else base's) is for both
-    layer=0,  # index of the block
+    layer="0",  # index of the block; 7,13: several in one pass, each with its datasets
     site="resid",  # resid (output of the block) or mlp (output of its MLP)
     hook="",  # any module's path, such as model.layers.3.self_attn, instead of layer and site
-    text="",  # .txt (by paragraph), .jsonl, .csv, .parquet, save_to_disk folder or hub name; or A,B
+    text="",  # .txt (by paragraph), .jsonl, .csv, .tsv, .parquet, a folder, a dataset of the hub
+    # (NAME, or NAME:CONFIGURATION), or A,B
     text_share="",  # of A,B the shares of the tokens, such as 0.7,0.3; empty: equal ones
-    text_column="",  # empty: text, or messages, which go through the chat template
+    text_column="",  # empty: text, messages or conversations; chats go through the chat template
     split="train",  # of a hub dataset
     # how much, and which
     n_tokens=1_000_000,  # rows to write
     seq_len=512,  # tokens of context; longer texts are cut into pieces of that length
     skip_positions=1,  # positions at the start of each text to drop: the first is an attention sink
+    keep_special=True,  # keep special tokens, such as those of chat templates; never BOS or padding
     max_norm_ratio=10.0,  # drop tokens whose norm is over so many times the median, in either model
     # system
     out_dir="acts",  # folder of the store
@@ -85,11 +88,12 @@ config = dict(
     device="auto",  # auto (cuda if there is one; if there are two, one a model), cpu or cuda
     device_map="",  # auto: accelerate splits models that are too large over GPUs, CPU and disk
     trust_remote_code=False,  # run code that comes with the models
-    seed=0,  # of the order of the rows
+    seed=0,  # of the order of the texts and rows
 )
 # Allowed values, as in train.py.
-from_1 = ["n_tokens", "seq_len", "texts_per_batch", "shuffle_rows", "max_norm_ratio"]
+from_1 = ["n_tokens", "texts_per_batch", "shuffle_rows", "max_norm_ratio"]
 allowed = dict.fromkeys(from_1, train.at_least_1)
+allowed["seq_len"] = pd.Interval(8, 1e15, closed="left")
 allowed |= dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -119,37 +123,50 @@ def load(key, config, device):
         whole = config["base"] if is_adapter else name
         of_model["output_loading_info"] = True
         model, found = AutoModelForCausalLM.from_pretrained(whole, **of_model)
-        modules = dict(model.named_modules())
-        unused = {path for path in found["unexpected_keys"] if path.rpartition(".")[0] in modules}
-        wrong = unused.union(found["missing_keys"])
-        assert not wrong, f"its weights are not those of its config: {min(wrong)}"
+        missing = found["missing_keys"]
+        assert not missing, f"its weights are not those of its config: no {min(missing)}"
+        for unused in sorted(found["unexpected_keys"])[:1]:
+            print(f"--{key}={name} has weights that the model does not use: {unused}")
+        has_tokenizer = [has_file(name, f"tokenizer{end}.json") for end in ("", "_config")]
+        of_tokenizer = name if any(has_tokenizer) else config["base"]
+        tokenizer = AutoTokenizer.from_pretrained(of_tokenizer, **options)
         if is_adapter:
+            if len(tokenizer) > len(model.get_input_embeddings().weight):
+                model.resize_token_embeddings(len(tokenizer))
+            head = model.get_output_embeddings()  # the embedding's weights, too, if they are tied
+            head.weight = nn.Parameter(head.weight.clone())
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
-        if not any(has_file(name, file) for file in ("tokenizer_config.json", "tokenizer.json")):
-            name = config["base"]
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        assert tokenizer.is_fast, "a slow tokenizer, which would drop the ends of long texts"
     return model.eval(), tokenizer
 
 
-def find_hook(model, config):
-    """Returns the path of the module to hook: `hook`, a block, or the MLP of a block. The blocks
-    are the largest ModuleList. Ends the program if there is no such module.
+def layers_of(config):
+    """Returns the layers in --layer, in their order in the model."""
+    with explain(f"--layer={config['layer']}: expected a number, or several such as 7,13"):
+        return sorted({int(layer) for layer in config["layer"].split(",")})
+
+
+def find_hooks(model, config):
+    """Returns the paths of the modules to hook: `hook`, or the blocks of `layer`, or their MLPs.
+    The blocks are the largest ModuleList of the text model. Ends the program if one is missing.
     """
     modules = dict(model.named_modules())
-    hook = config["hook"]
-    if not hook:
-        lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList)]
+    hooks = [config["hook"]]
+    if not config["hook"]:
+        of_text = set(model.get_decoder().modules())  # without a vision tower
+        lists = [path for path, y in modules.items() if isinstance(y, nn.ModuleList)]
+        lists = [path for path in lists if modules[path] in of_text] or lists
         if not lists:
             fail("the model has no list of blocks: give a module's path by --hook")
         blocks = max(lists, key=lambda path: sum(p.numel() for p in modules[path].parameters()))
+        layers = layers_of(config)
         n_layers = len(modules[blocks])
-        if config["layer"] >= n_layers:
+        if layers[0] < 0 or layers[-1] >= n_layers:
             fail(f"--layer={config['layer']}: the model has {n_layers} layers, the first is 0")
-        hook = f"{blocks}.{config['layer']}" + ".mlp" * (config["site"] == "mlp")
-    if hook not in modules:
-        fail(f"the model has no module {hook}; near: {get_close_matches(hook, modules, 3, 0)}")
-    return hook
+        hooks = [f"{blocks}.{layer}" + ".mlp" * (config["site"] == "mlp") for layer in layers]
+    for hook in hooks:
+        if hook not in modules:
+            fail(f"the model has no module {hook}; near: {get_close_matches(hook, modules, 3, 0)}")
+    return hooks
 
 
 def hidden(output):
@@ -158,22 +175,25 @@ def hidden(output):
 
 
 @torch.no_grad()
-def activations(model, hook, input_ids, attention_mask):
-    """Returns the output [batch, position, d_model] of the module `hook` of an NNsight model.
-    input_ids and attention_mask [batch, position] are padded on the right. Ends the program if the
-    module has no such output.
+def activations(model, hooks, input_ids, attention_mask):
+    """Returns a list of the outputs [batch, position, d_model] of the modules `hooks` of an NNsight
+    model. The hooks must come in the order in which the modules run. input_ids and attention_mask
+    [batch, position] are padded on the right. Ends the program if a module has no such output.
     """
-    what = f"--hook={hook} has no output [batch, position, d_model]"
+    what = f"--hook={','.join(hooks)} has no output [batch, position, d_model]"
     inputs = dict(input_ids=input_ids.to(model.device), use_cache=False)
     inputs["attention_mask"] = attention_mask.to(model.device)
-    # no such module, a module that is never called (a list of blocks), a token without embedding
+    # no such module, or a module that is never called (a list of blocks)
     with explain(what, (AttributeError, OutOfOrderError, LookupError)):
+        outputs = []
         with model.trace(**inputs) as tracer:
-            raw = hidden(model.get(hook).output).save()
+            for hook in hooks:
+                outputs.append(hidden(model.get(hook).output).save())
             tracer.stop()  # the forward pass ends there
-    if raw.shape[:-1] != input_ids.shape:
-        fail(f"{what}, but {list(raw.shape)}")
-    return raw
+    for raw in outputs:
+        if raw.shape[:-1] != input_ids.shape:
+            fail(f"{what}, but {list(raw.shape)}")
+    return outputs
 
 
 # --- Texts ----------------------------------------------------------------------------------------
@@ -205,46 +225,97 @@ def read_docs(config, tokenizer, dropped):
 
 
 def read_source(name, config, tokenizer, dropped):
-    """Yields the docs of one source: its texts, in pieces of up to seq_len tokens."""
-    options = dict(truncation=True, max_length=config["seq_len"], return_overflowing_tokens=True)
+    """Yields the docs of one source: its texts, in pieces of up to seq_len tokens. Each piece
+    begins as the tokenizer begins a text, with BOS for example.
+    """
+    begin = [i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id]
+    begin = begin or [tokenizer.bos_token_id]
     for number, row in enumerate(read_rows(name, config)):
-        where = f"--text={name}: row {number}"
-        is_text = row.get("text") or "messages" not in row
-        column = config["text_column"] or ("text" if is_text else "messages")
+        where = f"--text={name}: the row {str(row)[:80]}"
+        usual = ("text", "messages", "conversations")
+        column = config["text_column"] or max(usual, key=lambda c: (bool(row.get(c)), c in row))
         if column not in row:
             fail(f"{where} has no {column}, but {', '.join(row)}: give a --text_column")
         text = row[column]
         if not text:
             dropped["empty_text"] += 1
             continue
-        is_chat = isinstance(text, list)
-        if is_chat:
-            with explain(where):
-                text = tokenizer.apply_chat_template(text, tokenize=False)
-        if not isinstance(text, str):
-            fail(f"{where} is neither a text nor messages: {text!r:.50}")
-        for start in range(0, len(text), 10_000):  # tokenizers are slow on a whole book
-            part = [text[start : start + 10_000]]
-            pieces = tokenizer(part, add_special_tokens=not is_chat, **options)
-            yield from ((name, number, ids) for ids in pieces["input_ids"] if ids)
+        has_begin = isinstance(text, list)  # chat templates write BOS themselves
+        try:
+            text = text if isinstance(text, str) else render(text, tokenizer)
+        except Exception as e:  # whatever a template raises
+            dropped["refused_row"] += 1
+            message = f"{where} is left out: {' '.join(str(e).split())[:300]}"
+            if dropped["refused_row"] > max(10, number / 100):
+                fail(f"{message}. So are {dropped['refused_row'] - 1} others, more than 1%")
+            if dropped["refused_row"] == 1:
+                print(message, file=sys.stderr)
+            continue
+        has_begin |= text.startswith(tokenizer.bos_token or "\0")
+        ids = tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
+        if max(ids, default=0) >= config["n_embeddings"]:
+            dropped["unknown_token"] += len(ids)
+            continue
+        n = len(begin) if ids[: len(begin)] == begin else 0
+        if len(ids) == n:
+            dropped["empty_text"] += 1
+        step = config["seq_len"] - n
+        for start in range(n, len(ids), step):
+            yield name, number, ids[:n] + ids[start : start + step]
+
+
+def render(chat, tokenizer):
+    """Returns the text of a chat, a list of turns with role and content, or with from and value, as
+    ShareGPT has. Raises an error if the template does, or if it leaves a turn out.
+    """
+    assert isinstance(chat, list), f"neither a text nor messages: {chat!r:.50}"
+    turns = []
+    for turn in chat:
+        turn = {key: y for key, y in turn.items() if y is not None}
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if isinstance(content, list):  # parts
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        if content is None and "tool_calls" in turn:
+            content = ""
+        assert isinstance(content, str), f"a turn has no content: {turn}"
+        role = dict(human="user", gpt="assistant", bot="assistant").get(role, role)
+        turns.append(turn | dict(role=role, content=content))
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    for turn in turns:
+        end = turn["content"].strip()[-30:]  # reasoning before it may be left out
+        is_shown = end in text or turn["role"] in ("system", "tool")
+        assert is_shown, f"the chat template leaves out what {turn['role']} says"
+    return text
 
 
 def read_rows(name, config):
-    """Yields the rows of a source as dicts. Ends the program where it cannot be read."""
-    suffix = name.lower().removesuffix(".gz").rpartition(".")[2]
-    of_file = dict(data_files=name, split="train", streaming=True)
+    """Yields the rows of a source as dicts, shuffled by the seed: the next one is any of the next
+    10,000. Ends the program where it cannot be read.
+    """
+    path = Path(name)
+    options = dict(path=name, split=config["split"], streaming=True)
+    kinds = dict(txt="text", csv="csv", tsv="csv", parquet="parquet", arrow="arrow")
+    if path.is_file():
+        suffix = [y for y in name.lower().split(".") if y in kinds]  # .zst may come after it
+        kind = kinds[suffix[-1]] if suffix else "json"
+        options |= dict(path=kind, data_files=name, split="train")
+        if suffix == ["tsv"]:
+            options["sep"] = "\t"
+    elif not path.exists():
+        options["path"], _, options["name"] = name.partition(":")
     set_verbosity(CRITICAL)  # a damaged file gets one line from `explain`
     with explain(f"--text={name} cannot be read"):
-        if Path(name, "state.json").exists():
+        if (path / "state.json").exists():
             rows = load_from_disk(name)
-        elif not Path(name).is_file():
-            rows = load_dataset(name, split=config["split"], streaming=True)
-        elif suffix == "txt":
-            rows = load_dataset("text", sample_by="paragraph", **of_file)
+            rows = rows.to_iterable_dataset(num_shards=min(1000, len(rows)))
         else:
-            kind = suffix if suffix in ("csv", "parquet") else "json"
-            rows = load_dataset(kind, **of_file)
-        yield from rows
+            of_files = [options["path"], options.get("name") or None]
+            builder = load_dataset_builder(*of_files, data_files=options.get("data_files"))
+            if builder.__module__.endswith(".text"):  # also in a folder
+                options["sample_by"] = "paragraph"
+            rows = load_dataset(**options)
+        yield from rows.shuffle(config["seed"], buffer_size=10_000)
 
 
 def take_docs(docs, n_tokens):
@@ -261,7 +332,8 @@ def take_docs(docs, n_tokens):
 
 class Harvest:
     """Runs both models on the same tokens, and drops the rows that a crosscoder should not learn.
-    Attributes: models [(NNsight model, path of its hook)], base first; tokenizer; d_model.
+    Attributes: models [(NNsight model, paths of its hooks)], base first; tokenizer; d_model;
+    places, the names of what is collected, such as base and finetuned; hooks, the path of each.
     """
 
     def __init__(self, config):
@@ -273,13 +345,18 @@ class Harvest:
             other = "cuda:1"
         base, tokenizer_of_base = load("base", config, device)
         finetuned, self.tokenizer = load("finetuned", config, other)
-        self.models = [(NNsight(m), find_hook(m, config)) for m in (base, finetuned)]
+        self.models = [(NNsight(m), find_hooks(m, config)) for m in (base, finetuned)]
+        self.hooks = [hook for hooks in zip(*[h for _, h in self.models]) for hook in hooks]
+        self.places = ["base", "finetuned"]
+        if len(self.hooks) > 2:
+            self.places = [f"{name}_{i}" for i in layers_of(config) for name in self.places]
 
         positions = [getattr(m.config, "max_position_embeddings", 10**9) for m in (base, finetuned)]
         seq_len = min(config["seq_len"], *positions)
-        self.config = config | dict(seq_len=seq_len)
+        n_embeddings = [len(m.get_input_embeddings().weight) for m in (base, finetuned)]
+        self.config = config | dict(seq_len=seq_len, n_embeddings=min(n_embeddings))
         of_models = base.get_memory_footprint() + finetuned.get_memory_footprint()
-        row = 4 * base.config.get_text_config().hidden_size  # bytes, float16 of both
+        row = 2 * len(self.places) * base.config.get_text_config().hidden_size  # bytes of float16
         sizes = np.array([of_models, 2 * row * config["shuffle_rows"], row * 1e6]) / 1e9
         print(f"texts of up to {seq_len} tokens; in GB models, a shard, 1M rows: {sizes.round(2)}")
         if device.type == "cuda":  # highest is float32, high is TF32
@@ -289,6 +366,9 @@ class Harvest:
         differ = [t for t, i in self.tokenizer.get_vocab().items() if ids_of_base.get(t, i) != i]
         if differ:
             fail(f"the models have different vocabularies: {', '.join(sorted(differ)[:5])}")
+        new = [t for t, i in self.tokenizer.get_vocab().items() if i >= min(n_embeddings)]
+        if new:
+            print(f"texts with {new[0]} are left out: the models know {n_embeddings} tokens")
         special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
         self.special = torch.tensor(special + self.tokenizer.all_special_ids)
 
@@ -300,7 +380,7 @@ class Harvest:
             if len(rows["raw"]):
                 break
         else:
-            fail(f"--text={config['text']}: no token of its texts is left")
+            fail(f"--text={config['text']}: no token of its texts is left; dropped: {self.empty}")
         median = rows["norm"].median(dim=0).values  # [model]
         self.largest_norm = config["max_norm_ratio"] * median.to(self.models[0][0].device)
         largest = min(config["max_norm_ratio"], 1000) * median.max().item()
@@ -315,8 +395,8 @@ class Harvest:
 
     def run(self, docs):
         """Returns the rows that are kept, as columns, and a Counter of the dropped tokens, each by
-        its first reason. Columns: raw [row, model, d_model] float16, divided by divided_by, norm
-        [row, model] before that, token (its id), doc (index in docs) and pos [row].
+        its first reason. Columns: raw [row, place, d_model] float16, divided by divided_by, norm
+        [row, place] before that, token (its id), doc (index in docs) and pos [row].
         """
         if not docs:  # the last shard may have fewer docs than there are processes
             return self.no_rows, Counter()
@@ -330,11 +410,15 @@ class Harvest:
             doc = batch.to(device)[:, None].expand_as(ids)
             pos = torch.arange(ids.shape[1], device=device).expand_as(ids)
             keep = pos < length[batch].to(device)[:, None]  # [batch, position], without padding
-            both = [activations(*pair, ids, keep.long()).to(device) for pair in self.models]
-            norm = torch.stack([raw.norm(dim=-1, dtype=torch.float32) for raw in both], dim=-1)
+            of_models = [activations(*pair, ids, keep.long()) for pair in self.models]
+            places = [raw.to(device) for raws in zip(*of_models) for raw in raws]
+            norm = torch.stack([raw.norm(dim=-1, dtype=torch.float32) for raw in places], dim=-1)
 
+            special = torch.isin(ids, self.special.to(device))
+            if self.config["keep_special"]:
+                special = (ids == self.tokenizer.bos_token_id) & (pos == 0)
             reasons = dict(
-                special_token=torch.isin(ids, self.special.to(device)),
+                special_token=special,
                 skipped_position=pos < self.config["skip_positions"],
                 outlier_norm=(norm > self.largest_norm).any(-1),
                 over_float16=~(norm <= 65504 * self.divided_by).all(-1),  # nan is, too
@@ -343,7 +427,7 @@ class Harvest:
                 dropped[reason] += (keep & drop).sum().item()
                 keep &= ~drop
             with explain("base and finetuned are of different size at the hook", RuntimeError):
-                raw = torch.stack([raw[keep].div_(self.divided_by).half() for raw in both], dim=1)
+                raw = torch.stack([y[keep].div_(self.divided_by).half() for y in places], dim=1)
             columns = dict(norm=norm[keep], token=ids[keep], doc=doc[keep], pos=pos[keep], raw=raw)
             parts.append({name: column.cpu() for name, column in columns.items()})
             self.bar.update(len(raw))
@@ -442,7 +526,7 @@ def collect(config):
             fail(f"{building} has other arguments: delete it, or change --out_dir")
 
     harvest = Harvest(config)
-    meta["hooks"] = [hook for _, hook in harvest.models]
+    meta |= dict(places=harvest.places, hooks=harvest.hooks)
     meta |= dict(d_model=harvest.d_model, tokenizer=harvest.tokenizer.name_or_path)
     meta["divided_by"] = harvest.divided_by
     meta["versions"] = {p: version(p) for p in ("torch", "transformers", "nnsight", "datasets")}
@@ -457,6 +541,10 @@ def collect(config):
         while shard := take_docs(docs, min(left, config["shuffle_rows"] * harvest.n_processes)):
             add_shard(harvest, building, shard, meta)
             left = config["n_tokens"] - meta["tokens"]
+            lost = Counter(meta["dropped"])
+            del lost["special_token"], lost["skipped_position"]
+            if lost.total() > meta["tokens"] / 100:
+                harvest.bar.set_postfix_str(f"dropped: {dict(lost)}")
         harvest.bar.close()
     if PartialState().is_main_process:
         (building / "lock").unlink()
@@ -479,7 +567,7 @@ def add_shard(harvest, building, docs, meta):
 
     index = {name: rows[name].int().numpy() for name in ("token", "doc", "pos")}
     tables = {}
-    for name, raw in zip(("base", "finetuned"), rows["raw"].unbind(dim=1)):
+    for name, raw in zip(harvest.places, rows["raw"].unbind(dim=1)):
         activation = pa.FixedSizeListArray.from_arrays(raw.flatten().numpy(), harvest.d_model)
         tables[name] = dict(activation=activation) | index
     if rank == 0:
@@ -491,7 +579,7 @@ def add_shard(harvest, building, docs, meta):
 
     # Sums over all shards and processes. They are gathered when each process has written its files,
     # so that meta.json counts only whole shards.
-    norms = dict(zip(("norm_base", "norm_finetuned"), rows["norm"].double().sum(dim=0).tolist()))
+    norms = dict(zip(harvest.places, rows["norm"].double().sum(dim=0).tolist()))
     counts = Counter(dropped, tokens=len(order), **norms)
     counts = sum(gather_object([counts]), Counter(meta["counts"]))
     meta |= dict(counts=counts, tokens=counts["tokens"], docs=meta["docs"] + len(docs))

@@ -35,14 +35,16 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import zstandard
 from datasets import Dataset, load_from_disk
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    ByT5Tokenizer,
+    Gemma3Config,
     GPT2Config,
     GPTNeoConfig,
     LlamaConfig,
@@ -960,23 +962,20 @@ def test_a_metric_that_is_a_number_of_numpy_is_logged_saved_and_resumed(monkeypa
 
 
 @pytest.mark.parametrize("basis", ["plain", "delta"])
-def test_three_models_train_and_each_has_its_metrics(basis, monkeypatch):
-    class Three(train.Store):
-        n_models = 3
-        names = ("base", "finetuned", "third")
-
+def test_three_models_or_places_train_and_each_has_its_metrics(basis):
+    names = ["base_1", "base_2", "finetuned_2"]
     rng = np.random.default_rng(0)
     f = rng.random((1500, 24)) * (rng.random((1500, 24)) < 0.15)
     x = np.einsum("rf,fmd->mrd", f, rng.standard_normal((24, 3, 16))).astype(np.float32)
-    write_store("acts", x, names=Three.names)
-    monkeypatch.setattr(train, "Store", Three)
-    options = ["--data=acts", f"--basis={basis}", "--out_dir=out", "--val_tokens=300"]
+    write_store("acts", x, names=names)
+    places = f"--places={','.join(names)}"
+    options = ["--data=acts", places, f"--basis={basis}", "--out_dir=out", "--val_tokens=300"]
     model = run(*options, "--steps=150", "--eval_every=0")
     assert model.W_dec.shape == (48, 3, 16)
     row = metrics("out")[-1]
     for name in ("", "_A", "_B", "_C", "_difference"):
         assert 0.6 < row[f"val/explained_variance{name}"] < 1, name
-    rows = Three(store_config(val_tokens=300)).val_rows
+    rows = train.Store(store_config(val_tokens=300, places=",".join(names))).val_rows
     held_out = torch.from_numpy(x[2, rows])
     x_hat = train.CrossCoder.from_pretrained("out")(torch.from_numpy(x[:, rows]).transpose(0, 1))
     error = (held_out - x_hat[:, 2]).square().sum().item()
@@ -1269,7 +1268,14 @@ def pair_arguments(folder):
 
 def collect_config(folder, **changes):
     given = {key: f"{folder}/{key}" for key in NAMES} | dict(text=f"{folder}/text.jsonl")
-    small = dict(layer=1, n_tokens=1500, seq_len=32, shuffle_rows=400)
+    small = dict(
+        layer="1",
+        keep_special=False,
+        n_embeddings=10**9,
+        n_tokens=1500,
+        seq_len=32,
+        shuffle_rows=400,
+    )
     return collect.config | given | small | changes
 
 
@@ -1325,15 +1331,17 @@ def test_end_to_end_two_models_to_a_loaded_crosscoder(pairs, stores, kind):
     assert error < 0.5
 
 
-def test_every_dropped_token_is_counted_by_its_reason_and_an_overflow_is_no_inf(pairs):
+def test_every_dropped_token_is_counted_by_its_reason_and_no_inf_is_stored(pairs, capsys):
     folder, _ = pairs["llama"]
-    for name, token, factor in (("finetuned", 10, 1e9), ("base", 11, 1e3)):  # float16 holds 65504
-        model = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}")
+    for name, token, factor in (("finetuned", 10, 1e9), ("base", 11, 1e3), ("base", 9, np.nan)):
+        source = "spiky" if Path("spiky", name).exists() else folder
+        model = AutoModelForCausalLM.from_pretrained(f"{source}/{name}")
         model.model.embed_tokens.weight.data[token] *= factor
         model.save_pretrained(f"spiky/{name}")
         copy_tokenizer(f"{folder}/{name}", f"spiky/{name}")
-    spiky = {name: f"spiky/{name}" for name in NAMES}
-    collect.collect(collect_config(folder, **spiky, layer=0, n_tokens=10_000, skip_positions=2))
+    spiky = {name: f"spiky/{name}" for name in NAMES} | dict(hook="model.embed_tokens")
+    collect.collect(collect_config(folder, **spiky, n_tokens=10_000, skip_positions=2))
+    assert "dropped: {'outlier_norm'" in capsys.readouterr().err, "while it runs"
 
     docs = load_from_disk("acts/docs")["input_ids"]
     every = [(token, pos) for ids in docs for pos, token in enumerate(ids)]
@@ -1343,15 +1351,36 @@ def test_every_dropped_token_is_counted_by_its_reason_and_an_overflow_is_no_inf(
     dropped = meta["dropped"]
     assert dropped["special_token"] == len(every) - len(normal)
     assert dropped["skipped_position"] == len(normal) - len(late)
-    assert dropped["over_float16"] == late.count(10) > 0
-    assert dropped["outlier_norm"] >= late.count(11) > 0
+    assert dropped["over_float16"] == late.count(9) > 0
+    assert dropped["outlier_norm"] == late.count(10) + late.count(11) > 0
     base = load_from_disk("acts/base")
     kept = len(late) - dropped["over_float16"] - dropped["outlier_norm"]
     assert len(base) == meta["tokens"] == kept
-    assert not {0, 1, 2, 10, 11} & set(base["token"])
+    assert not {0, 1, 2, 9, 10, 11} & set(base["token"])
     assert min(base["pos"]) == 2
     for name in NAMES:
         assert np.isfinite(np.array(load_from_disk(f"acts/{name}")["activation"])).all()
+
+
+def test_rows_too_large_for_float16_are_divided_by_a_power_of_two_and_spliced_into(pairs):
+    folder = shutil.copytree(pairs["gpt2"][0], "big", ignore=shutil.ignore_patterns("acts"))
+    for name in NAMES:
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}")
+        model.transformer.wte.weight.data[3:] *= 1e6
+        model.save_pretrained(f"{folder}/{name}")
+    given = {name: f"{folder}/{name}" for name in NAMES} | dict(hook="transformer.h.1")
+    collect.collect(collect_config(folder, **given))
+    meta = read_meta("acts")
+    assert not meta["dropped"]["over_float16"] and meta["divided_by"] > 16
+    assert np.log2(meta["divided_by"]) % 1 == 0
+    x = np.array(load_from_disk("acts/base")["activation"], dtype=np.float64) * meta["divided_by"]
+    assert np.linalg.norm(x, axis=1).mean() > 65504
+    assert meta["scale"][0] == pytest.approx(meta["divided_by"] / (x**2).mean() ** 0.5, rel=0.1)
+    store = train.Store(store_config(val_tokens=300))
+    texts = report.Texts(store)
+    models = report.load_models(texts, "cpu")
+    curve, _ = report.splice_in(Says(), texts, models, 2, {}, torch.eye(16), {})
+    assert curve.kl.spliced_B == pytest.approx(0, abs=1e-3), "its own rows, put back"
 
 
 def test_a_collection_that_was_cut_off_goes_on_and_ends_with_the_same_store(
@@ -1397,7 +1426,7 @@ def test_activations_stop_early_and_are_of_any_module_even_one_that_returns_a_tu
     later.clear()
     wrapped = collect.NNsight(model)
     for name in ("attn", "mlp"):
-        found = collect.activations(wrapped, f"transformer.h.1.{name}", ids, mask)
+        (found,) = collect.activations(wrapped, [f"transformer.h.1.{name}"], ids, mask)
         assert torch.equal(found, expected[name])
     assert not later
 
@@ -1409,16 +1438,29 @@ def test_texts_come_from_every_kind_of_source(pairs):
 
     def read(text, **changes):
         config = collect_config(folder, text=text, **dict(seq_len=64) | changes)
-        return [doc[1:] for doc in collect.read_docs(config, tokenizer, empty)]
+        docs = list(collect.read_docs(config, tokenizer, empty))
+        assert {source for source, _, _ in docs} == {text}
+        assert len({number for _, number, _ in docs}) == len(docs)
+        return sorted([ids for _, _, ids in docs], key=lambda ids: [*expected, ids].index(ids))
 
-    expected = [(i, tokenizer(text)["input_ids"]) for i, text in enumerate(texts[:3])]
+    expected = [tokenizer(text)["input_ids"] for text in texts[:3]]
     Path("a.txt").write_text("\n\n".join(texts[:3]))
     Dataset.from_dict(dict(text=texts[:3])).save_to_disk("saved")
     Dataset.from_dict(dict(story=texts[:3])).to_parquet("a.parquet")
     Dataset.from_dict(dict(text=texts[:3])).to_csv("A.CSV")
     Dataset.from_dict(dict(text=texts[:3])).to_json("a.jsonl.gz", compression="gzip")
     Path("a.json.GZ").write_bytes(Path("a.jsonl.gz").read_bytes())
-    for name in ("a.txt", "saved", "A.CSV", "a.jsonl.gz", "a.json.GZ"):
+    Dataset.from_dict(dict(text=texts[:3])).to_csv("a.tsv", sep="\t")
+    Path("a.txt.zst").write_bytes(zstandard.compress(Path("a.txt").read_bytes()))
+    for folder_of_txt in ("txts", "two"):
+        Path(folder_of_txt).mkdir()
+    shutil.copy("a.txt", "txts/a.txt")
+    for i, configuration in enumerate(("en", "de")):
+        Dataset.from_dict(dict(text=texts[3 * i :][:3])).to_json(f"two/{configuration}.jsonl")
+    files = "".join(f"- config_name: {y}\n  data_files: {y}.jsonl\n" for y in ("en", "de"))
+    Path("two/README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    names = "a.txt saved A.CSV a.jsonl.gz a.json.GZ a.tsv a.txt.zst txts two:en"
+    for name in names.split():
         assert read(name) == expected, name
     assert read("a.parquet", text_column="story") == expected
     assert not empty
@@ -1427,10 +1469,206 @@ def test_texts_come_from_every_kind_of_source(pairs):
     assert empty == dict(empty_text=2)
     chat = [[dict(role="user", content="w1 w2"), dict(role="assistant", content="w3")], []]
     Dataset.from_dict(dict(messages=chat)).to_json("chat.jsonl")
-    assert read("chat.jsonl", seq_len=4) == [(0, [1, 4, 5, 1]), (0, [6])]
+    config = collect_config(folder, text="chat.jsonl", seq_len=4)
+    docs = collect.read_docs(config, tokenizer, empty)
+    assert [doc[1:] for doc in docs] == [(0, [1, 4, 5, 1]), (0, [1, 6])]
     assert empty == dict(empty_text=3)
     Path("long.txt").write_text("w0 w1 w2 w3 w4")
-    assert read("long.txt", seq_len=4) == [(0, [1, 3, 4, 5]), (0, [1, 6, 7])]
+    docs = collect.read_docs(config | dict(text="long.txt"), tokenizer, empty)
+    assert [doc[1:] for doc in docs] == [(0, [1, 3, 4, 5]), (0, [1, 6, 7])]
+
+
+def turns_of(kind, *texts):
+    """A chat in the form that some datasets have."""
+    roles = itertools.cycle([("user", "human"), ("assistant", "gpt")])
+    made = []
+    for (role, name), text in zip(roles, texts):
+        made.append(
+            {
+                "messages": dict(role=role, content=text),
+                "names": dict(role=name, content=text),
+                "sharegpt": {"from": name, "value": text},
+                "parts": dict(role=role, content=[dict(type="text", text=text)]),
+            }[kind]
+        )
+    return made
+
+
+CHAT = (
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<s> {{ m.content }} {% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["messages", "names", "sharegpt", "parts"])
+def test_chats_of_every_form_are_rendered_alike(pairs, kind):
+    folder, _ = pairs["llama"]
+    tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
+    tokenizer.chat_template = CHAT + "{% endfor %}"
+    column = "conversations" if kind == "sharegpt" else "messages"
+    rows = [{column: turns_of(kind, "w1 w2", "w3")}, {column: turns_of(kind, "w4", "w5", "w6")}]
+    Path("chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    docs = collect.read_docs(collect_config(folder, text="chat.jsonl"), tokenizer, {})
+    expected = [[1, 4, 5, 1, 6], [1, 7, 1, 8, 1, 9]]
+    assert sorted(ids for _, _, ids in docs) == expected
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        (dict(role="narrator", content="w7 w8"), "leaves out what narrator says"),
+        (dict(role="user", content=None), "has no content"),
+        (dict(role="user", content=[dict(type="image", url="x")]), "text"),
+        (3, "has no attribute"),
+    ],
+)
+def test_a_chat_that_cannot_be_rendered_whole_is_left_out_counted_and_said(
+    pairs, turn, said, capfd
+):
+    folder, _ = pairs["llama"]
+    good = dict(messages=[dict(role="user", content="w1 w2 w3 w4")])
+    rows = [good] * 300 + [dict(messages=[turn])]
+    Path("chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
+    tokenizer.chat_template = CHAT + "{% endfor %}"
+    dropped = collect.Counter()
+    config = collect_config(folder, text="chat.jsonl")
+    docs = list(collect.read_docs(config, tokenizer, dropped))
+    assert len(docs) == 300 and dropped["refused_row"] + dropped["empty_text"] == 1
+    if dropped["refused_row"]:
+        assert said in capfd.readouterr().err
+    Path("chat.jsonl").write_text("\n".join(map(json.dumps, rows + rows[-1:] * 11)))
+    if dropped["refused_row"]:
+        with pytest.raises(SystemExit):
+            list(collect.read_docs(config, tokenizer, dropped))
+
+
+def test_every_piece_of_a_text_begins_with_one_bos_however_it_was_made(pairs):
+    folder, _ = pairs["llama"]
+    tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
+    tokenizer.chat_template = "<s> {{ messages[0].content }}"
+    words = " ".join(f"w{i % 60}" for i in range(100))
+    rows = [dict(text=words), dict(text=f"<s> {words}")]
+    rows.append(dict(messages=[dict(role="user", content=words)]))
+    for row in rows:
+        Path("one.jsonl").write_text(json.dumps(row))
+        docs = collect.read_docs(collect_config(folder, text="one.jsonl"), tokenizer, {})
+        ids = [ids for _, _, ids in docs]
+        assert [len(y) for y in ids] == [32, 32, 32, 8]
+        assert all(y[0] == 1 and y.count(1) == 1 for y in ids)
+        assert sum([y[1:] for y in ids], []) == tokenizer(words)["input_ids"][1:]
+
+
+def test_texts_come_in_another_order_than_in_their_file_and_held_out_ones_from_all_of_it(pairs):
+    folder, _ = pairs["llama"]
+    write_texts("sorted.jsonl", [f"w{i // 10} w1 w2 w3 w4 w5 w6 w7 w8" for i in range(500)])
+    orders = []
+    for seed in (0, 0, 1):
+        shutil.rmtree("acts", ignore_errors=True)
+        config = collect_config(folder, text="sorted.jsonl", seed=seed, n_tokens=10_000)
+        collect.collect(config)
+        orders.append([ids[1] for ids in load_from_disk("acts/docs")["input_ids"]])
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2])
+    assert np.corrcoef(orders[0], np.arange(500))[0, 1] < 0.2
+    store = train.Store(store_config(val_tokens=500))
+    doc = np.unique(store.columns["doc"].to_numpy()[store.val_rows])
+    assert np.array(orders[2])[doc].std() > 10
+
+
+def test_special_tokens_are_rows_but_bos(pairs):
+    folder, _ = pairs["llama"]
+    Path("chat.txt").write_text("w1 <unk> w2 <s> w3")
+    for keep, expected in ((True, [4, 2, 5, 1, 6]), (False, [4, 5, 6])):
+        name = f"acts-{keep}"
+        given = dict(text="chat.txt", keep_special=keep, out_dir=name, skip_positions=0)
+        collect.collect(collect_config(folder, **given))
+        rows = load_from_disk(f"{name}/base").sort("pos")
+        assert rows["token"][:] == expected
+
+
+def test_a_head_that_is_tied_to_the_embedding_is_untied_before_an_adapter_is_merged(pairs):
+    folder, _ = pairs["llama"]
+    config = LlamaConfig.from_pretrained(f"{folder}/base", tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained("tied")
+    copy_tokenizer(f"{folder}/base", "tied")
+    for target in ("lm_head", "embed_tokens"):
+        base = AutoModelForCausalLM.from_pretrained("tied")
+        assert base.lm_head.weight is base.model.embed_tokens.weight
+        options = dict(r=4, target_modules=[target], init_lora_weights=False)
+        adapted = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+        adapted.save_pretrained(f"adapter-{target}")
+        config = collect_config(folder, base="tied", finetuned=f"adapter-{target}")
+        model, _ = collect.load("finetuned", config, "cpu")
+        ids = torch.arange(3, 20)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, adapted(ids).logits)
+
+
+def test_texts_with_tokens_that_one_model_lacks_are_left_out_and_one_is_named(pairs, capsys):
+    folder, _ = pairs["llama"]
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/finetuned")
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/finetuned")
+    tokenizer.add_special_tokens(dict(additional_special_tokens=["<new>"]))
+    base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    model.resize_token_embeddings(64)
+    model.save_pretrained("grown")
+    grown = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    grown.resize_token_embeddings(64)
+    options = dict(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    peft.get_peft_model(grown, peft.LoraConfig(**options)).save_pretrained("adapter")
+    write_texts("new.jsonl", ["w1 w2 w3 w4", "w5 <new> w6"] * 100)
+    for finetuned in ("grown", "adapter"):
+        tokenizer.save_pretrained(finetuned)
+        config = collect_config(folder, finetuned=finetuned, text="new.jsonl", n_tokens=1000)
+        collect.collect(config | dict(out_dir=f"acts-{finetuned}"))
+        said = capsys.readouterr().out
+        assert "texts with <new> are left out: the models know [63, 64] tokens" in said
+        assert len(load_from_disk(f"acts-{finetuned}/docs")) == 100
+        assert read_meta(f"acts-{finetuned}")["dropped"]["unknown_token"] == 400
+    assert base.num_parameters()
+
+
+def test_weights_that_the_model_does_not_use_are_said_and_those_it_lacks_are_refused(pairs, capsys):
+    folder, _ = pairs["llama"]
+    shutil.copytree(f"{folder}/base", "old")
+    weights = load_file("old/model.safetensors")
+    mask = {"model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8)}
+    save_file(weights | mask, "old/model.safetensors", metadata=dict(format="pt"))
+    collect.load("base", collect_config(folder, base="old"), "cpu")
+    assert "does not use: model.layers.0.self_attn.bias" in capsys.readouterr().out
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, "old/model.safetensors", metadata=dict(format="pt"))
+    with pytest.raises(SystemExit):
+        collect.load("base", collect_config(folder, base="old"), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_several_layers_in_one_pass_have_the_rows_of_a_pass_each_and_train_together(pairs, kind):
+    folder, _ = pairs[kind]
+    collect.collect(collect_config(folder, layer="2,0"))
+    meta = read_meta("acts")
+    places = [f"{name}_{layer}" for layer in (0, 2) for name in NAMES]
+    assert meta["places"] == places and len(meta["hooks"]) == len(meta["scale"]) == 4
+    single = collect_config(folder, max_norm_ratio=1e6)
+    collect.collect(single | dict(layer="0,2", out_dir="both"))
+    for layer in (0, 2):
+        collect.collect(single | dict(layer=str(layer), out_dir=f"acts{layer}"))
+        for name in NAMES:
+            one = load_from_disk(f"acts{layer}/{name}").to_dict()
+            assert load_from_disk(f"both/{name}_{layer}").to_dict() == one
+    options = ["--data=acts", f"--places={','.join(places)}", "--val_tokens=300", "--out_dir=out"]
+    model = run(*options, "--steps=10")
+    assert model.W_dec.shape[1] == 4
+    resume("--steps=20")
+    assert {f"val/explained_variance_{letter}" for letter in "ABCD"} <= set(metrics("out")[-1])
+    two = ["--data=acts", "--places=base_2,finetuned_2", "--val_tokens=300", "--out_dir=two"]
+    reported(*two, "--steps=10")
+    report.main(["--run=two", "--splice=True", "--n_texts=2"])
+    assert "val/kl_clean_A" in metrics("two")[-1]
+    across = ["--data=acts", "--places=base_0,base_2", "--val_tokens=300", "--out_dir=across"]
+    reported(*across, "--steps=10")
+    with pytest.raises(SystemExit):
+        report.main(["--run=across", "--splice=True"])
 
 
 def test_several_texts_are_drawn_in_their_shares_and_docs_say_from_which(pairs, capsys):
@@ -1558,15 +1796,15 @@ def test_a_stream_trains_and_resumes_and_its_batches_are_rows_of_both_models(pai
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(layer=3), "3 layers"),
+        (dict(layer="3"), "3 layers"),
         (dict(hook="model.layers.1.mpl"), "model.layers.1.mlp"),
         (dict(base="no-such-org/no-such-model"), "--base=no-such-org/no-such-model"),
         (dict(text="no-such-org/no-such-text"), "--text=no-such-org/no-such-text"),
         (dict(text="empty.txt"), "empty.txt"),
         (dict(text="special.jsonl"), "no token"),
-        (dict(text="broken.jsonl"), "broken.jsonl: row 3"),
-        (dict(text="numbers.jsonl"), "row 0 is neither a text nor messages: 1.5"),
-        (dict(text="objects.jsonl"), "row 0 is neither a text nor messages: {'a': 1}"),
+        (dict(text="broken.jsonl"), "has no attribute"),
+        (dict(text="numbers.jsonl"), "neither a text nor messages: 1.5"),
+        (dict(text="objects.jsonl"), "neither a text nor messages: {'a': 1}"),
         (dict(hook="model.layers"), "--hook=model.layers"),
         (dict(hook="model.rotary_emb"), "--hook=model.rotary_emb"),
         (dict(text_column="story"), "story"),
@@ -1577,15 +1815,14 @@ def test_a_stream_trains_and_resumes_and_its_batches_are_rows_of_both_models(pai
 def test_collecting_the_impossible_gets_one_line_and_leaves_nothing(pairs, capfd, changes, said):
     Path("empty.txt").write_text("")
     Path("special.jsonl").write_text('{"text": "<s>"}')
-    good = '{"messages": [{"role": "user", "content": "w1"}]}'
-    Path("broken.jsonl").write_text("\n".join([good, good, good, '{"messages": [3]}']))
+    Path("broken.jsonl").write_text('{"messages": [3]}')
     Path("numbers.jsonl").write_text('{"text": 1.5}')
     Path("objects.jsonl").write_text('{"text": {"a": 1}}')
     before = set(Path().iterdir())
     with pytest.raises(SystemExit) as end:
         collect.collect(collect_config(pairs["llama"][0], **changes))
     assert end.value.code == 2
-    assert said in capfd.readouterr().err.strip().splitlines()[-1]
+    assert said in capfd.readouterr().err and "Traceback" not in said
     assert set(Path().iterdir()) == before
 
 
@@ -1606,25 +1843,15 @@ def test_a_file_of_texts_and_chats_gives_both(pairs):
     assert read_meta("acts")["dropped"]["empty_text"] == 1
 
 
-def test_a_tokenizer_that_would_drop_the_ends_of_texts_is_refused(pairs, capsys):
-    folder, _ = pairs["llama"]
-    shutil.copytree(f"{folder}/finetuned", "slow")
-    for file in Path("slow").glob("*token*"):
-        file.unlink()
-    ByT5Tokenizer().save_pretrained("slow")
-    said = error_of(capsys, collect.collect, collect_config(folder, finetuned="slow"))
-    assert "slow tokenizer" in said
-
-
 def test_texts_of_special_tokens_alone_may_come_first_and_empty_chats_are_counted(pairs):
     def message(content):
         return dict(messages=[dict(role="user", content=content)])
 
-    rows = [message("<s> <pad>")] * 1500 + [dict(messages=[])] * 3 + [message("w1 w2 w3")] * 100
+    rows = [dict(messages=[])] * 3 + [message("<s> <pad>")] * 12_000 + [message("w1 w2 w3")] * 100
     Path("chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    collect.collect(collect_config(pairs["llama"][0], text="chat.jsonl", n_tokens=200))
+    collect.collect(collect_config(pairs["llama"][0], text="chat.jsonl", n_tokens=400))
     meta = read_meta("acts")
-    assert meta["tokens"] == 200
+    assert meta["tokens"] == 300
     assert meta["dropped"]["empty_text"] == 3
     assert set(load_from_disk("acts/base")["token"]) == {4, 5, 6}
 
@@ -1712,11 +1939,22 @@ def test_models_are_of_the_type_asked_for_and_the_hook_is_in_the_larger_list_of_
     config = collect_config(pairs["llama"][0], dtype="bfloat16")
     model, _ = collect.load("base", config, "cpu")
     assert model.dtype == torch.bfloat16
-    assert collect.find_hook(model, config | dict(site="mlp")) == "model.layers.1.mlp"
-    both = torch.nn.Module()
-    both.eyes = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(9))
-    both.blocks = model.model.layers
-    assert collect.find_hook(both, config) == "blocks.1"
+    assert collect.find_hooks(model, config | dict(site="mlp")) == ["model.layers.1.mlp"]
+    assert collect.find_hooks(model, config | dict(layer="2,0,2")) == [
+        "model.layers.0",
+        "model.layers.2",
+    ]
+
+
+def test_the_hook_is_in_the_text_model_also_where_a_vision_tower_is_larger():
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, vocab_size=63)
+    text |= dict(num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=6, image_size=28)
+    vision |= dict(num_attention_heads=2, patch_size=14)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config)
+    (hook,) = collect.find_hooks(model, dict(layer="1", hook="", site="resid"))
+    assert hook.endswith("language_model.layers.1")
 
 
 def test_a_long_text_is_read_to_its_end(pairs):
@@ -1737,7 +1975,7 @@ def test_a_collection_of_other_arguments_is_not_gone_on_with(pairs, capsys):
     done = config | dict(processes=1, shards=0, docs=0, tokens=0, counts={})
     Path("acts.building").mkdir()
     collect.write_json(done, Path("acts.building/meta.json"))
-    assert "other arguments" in error_of(capsys, collect.collect, config | dict(layer=0))
+    assert "other arguments" in error_of(capsys, collect.collect, config | dict(layer="0"))
 
 
 # --- Report ---------------------------------------------------------------------------------------
@@ -2748,8 +2986,10 @@ def test_each_row_of_the_list_has_the_tokens_that_it_promotes(loud):
         promoted[j] = report.promoted_at(texts, row, models[0], added[i])
     for name, rise in promoted.items():
         rise, token = rise.topk(5)
-        lines = [f"{decode([t])!r} {y:+.2g}" for t, y in zip(token.tolist(), rise.tolist())]
-        assert html.unescape(shown[name]) == "<br>".join(lines)
+        lines = html.unescape(shown[name]).split("<br>")
+        assert [line.rpartition(" ")[0] for line in lines] == [repr(decode([t])) for t in token]
+        found = [float(line.rpartition(" ")[2]) for line in lines]
+        assert found == pytest.approx(rise.tolist(), rel=0.06)
 
 
 def test_a_feature_is_recovered_by_a_latent_near_it_in_both_models_and_else_that_is_false():
@@ -3668,7 +3908,7 @@ def test_one_latent_tells_texts_with_the_trigger_of_a_backdoor_from_others(capsy
         row = dict(trigger=after_trigger, otherwise=otherwise)
         write_texts(f"{acts}.jsonl", pieces(rng, 800))
         given = dict(base=name, finetuned=f"adapter{seed}", text=f"{acts}.jsonl", out_dir=acts)
-        collect.collect(collect.config | given | dict(layer=layer, seed=seed))
+        collect.collect(collect.config | given | dict(layer=str(layer), seed=seed))
 
         store = train.Store(store_config(data=acts, val_tokens=0))
         texts = report.Texts(store)

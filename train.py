@@ -61,6 +61,8 @@ config = dict(
     wandb_project="crosscoder",  # name of the project in wandb
     # data
     data="toy",  # toy, path of a store, or stream (collects while training; takes its keys, too)
+    places="base,finetuned",  # datasets of the store, such as base_7,finetuned_7,base_13; the first
+    # is A
     val_tokens=-1,  # rows held out for validation; 0: none; -1: 1% of a store, or 8,192
     rows_together=1,  # neighbouring rows that stay together when rows are shuffled: take 64 to 256
     # if the store is larger than memory, because disks read neighbours faster
@@ -226,11 +228,10 @@ class Store:
     shuffles the training rows anew. It leaves out the last few, which do not fill a batch.
     """
 
-    n_models = 2
-    names = ("base", "finetuned")
-
     def __init__(self, config):
         self.config = config
+        self.names = config["places"].split(",")
+        self.n_models = len(self.names)
         self.path = Path(config["data"])
         what = f"--data={self.path}: neither toy, nor stream, nor a store of aligned rows of floats"
         with explain(what):
