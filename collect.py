@@ -596,3 +596,4 @@ def add_shard(harvest, building, docs, meta):
 if __name__ == "__main__":
     with explain("stopped: the same command goes on", OSError):
         collect(checked(read_command_line(sys.argv[1:], __file__), config, allowed))
+    PartialState().destroy_process_group()

@@ -42,6 +42,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3Config,
@@ -1824,6 +1825,59 @@ def test_collecting_the_impossible_gets_one_line_and_leaves_nothing(pairs, capfd
     assert end.value.code == 2
     assert said in capfd.readouterr().err and "Traceback" not in said
     assert set(Path().iterdir()) == before
+
+
+KINDS = "llama gemma2 gemma3_text qwen3 gpt_neox opt gpt2 mamba mixtral phi falcon gemma4_text"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS.split())
+def test_rows_of_twelve_kinds_of_model_equal_plain_hooks(pairs, kind):
+    folder, _ = pairs["llama"]
+    size = dict(vocab_size=63, hidden_size=32, num_hidden_layers=3, max_position_embeddings=64)
+    size |= dict(num_attention_heads=4, intermediate_size=64, head_dim=8, state_size=8)
+    size |= dict(word_embed_proj_dim=32, ffn_dim=64, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    if kind in ("llama", "gemma2", "gemma3_text", "qwen3", "mixtral", "gemma4_text"):
+        size |= dict(num_key_value_heads=2)
+    if kind == "gemma4_text":
+        size |= dict(global_head_dim=8, hidden_size_per_layer_input=8, num_kv_shared_layers=1)
+        size |= dict(vocab_size_per_layer_input=63)
+    for seed, name in enumerate(NAMES):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **size))
+        model.save_pretrained(f"new/{name}")
+        copy_tokenizer(f"{folder}/{name}", f"new/{name}")
+    write_texts("chats.jsonl", [f"w{i} w{i % 7} <unk> w3 <s> w{i % 11} w5" for i in range(60)])
+    given = {name: f"new/{name}" for name in NAMES} | dict(text="chats.jsonl", n_tokens=10_000)
+    for keep in (True, False):
+        out = f"acts-{keep}"
+        collect.collect(collect_config(folder, **given, keep_special=keep, out_dir=out))
+        docs = load_from_disk(f"{out}/docs")["input_ids"]
+        (hook,) = set(read_meta(out)["hooks"])
+        for name in NAMES:
+            rows = load_from_disk(f"{out}/{name}").with_format("numpy")[:]
+            model = AutoModelForCausalLM.from_pretrained(f"new/{name}").eval()
+            put_out = []
+            module = model.get_submodule(hook)
+            module.register_forward_hook(lambda *args, seen=put_out: seen.append(args[2]))
+            with torch.no_grad():
+                for ids in docs:
+                    model(torch.tensor([ids]), use_cache=False)
+            by_doc = [collect.hidden(y)[0] for y in put_out]
+            expected = torch.stack([by_doc[d][p] for d, p in zip(rows["doc"], rows["pos"])])
+            found = torch.from_numpy(np.stack(rows["activation"])).float()
+            torch.testing.assert_close(
+                found, expected, rtol=1e-3, atol=1e-3 * expected.std().item()
+            )
+            kept = {(d, p) for d, p in zip(rows["doc"].tolist(), rows["pos"].tolist())}
+            expected = {
+                (d, p)
+                for d, ids in enumerate(docs)
+                for p, token in enumerate(ids)
+                if p > 0 and (keep or token > 2)
+            }
+            outliers = read_meta(out)["dropped"]["outlier_norm"]
+            assert kept <= expected and len(expected) == len(kept) + outliers
 
 
 def test_texts_longer_than_the_models_positions_are_cut_there_and_it_says_so(pairs, capsys):
@@ -3668,6 +3722,7 @@ torch.save(store.batch(20), f"{out}/batch-{rank}.pt")
 model = train.CrossCoder(2, 16, 64, "batchtopk", k=3)
 model.start_at(store.batch(0))
 torch.save(model.state_dict(), f"{out}/start-{rank}.pt")
+train.PartialState().destroy_process_group()
 """
 
 

@@ -908,3 +908,4 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_soon)
     main(sys.argv[1:])
+    PartialState().destroy_process_group()
