@@ -1835,13 +1835,14 @@ KINDS = "llama gemma2 gemma3_text qwen3 gpt_neox opt gpt2 mamba mixtral phi falc
 def test_rows_of_twelve_kinds_of_model_equal_plain_hooks(pairs, kind):
     folder, _ = pairs["llama"]
     size = dict(vocab_size=63, hidden_size=32, num_hidden_layers=3, max_position_embeddings=64)
-    size |= dict(num_attention_heads=4, intermediate_size=64, head_dim=8, state_size=8)
+    size |= dict(num_attention_heads=4, intermediate_size=64, state_size=8)
     size |= dict(word_embed_proj_dim=32, ffn_dim=64, bos_token_id=1, eos_token_id=1, pad_token_id=0)
     if kind in ("llama", "gemma2", "gemma3_text", "qwen3", "mixtral", "gemma4_text"):
-        size |= dict(num_key_value_heads=2)
+        size |= dict(num_key_value_heads=2, head_dim=8)
     if kind == "gemma4_text":
-        size |= dict(global_head_dim=8, hidden_size_per_layer_input=8, num_kv_shared_layers=1)
-        size |= dict(vocab_size_per_layer_input=63)
+        size |= dict(global_head_dim=8, hidden_size_per_layer_input=8, num_kv_shared_layers=2)
+        size |= dict(vocab_size_per_layer_input=63, num_hidden_layers=4)
+        size |= dict(layer_types=["sliding_attention", "full_attention"] * 2)
     for seed, name in enumerate(NAMES):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **size))
