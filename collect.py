@@ -11,7 +11,8 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
                     pos (its position in that doc)
     OUT/finetuned/  the same for the other model. Row i of both is the same token. Rows are shuffled
     OUT/docs/       a Hugging Face dataset, one row per text, or per piece of a text of over seq_len
-                    tokens: input_ids, source (in --text), text (its number there, as shuffled)
+                    tokens: input_ids, source (the row's, or the name in --text), text (its number
+                    there, as shuffled)
     OUT/meta.json   the config; processes; hooks, the module's path in each model; d_model; tokens,
                     rows of base; docs, rows of docs; dropped, tokens left out by reason, and rows
                     without a text; divided_by, a power of two, 1 unless rows are too large for
@@ -230,6 +231,7 @@ def read_source(name, config, tokenizer, dropped):
     """
     begin = [i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id]
     begin = begin or [tokenizer.bos_token_id]
+    file = Path(name).name if Path(name).exists() else name
     for number, row in enumerate(read_rows(name, config)):
         where = f"--text={name}: the row {str(row)[:80]}"
         usual = ("text", "messages", "conversations")
@@ -261,7 +263,7 @@ def read_source(name, config, tokenizer, dropped):
             dropped["empty_text"] += 1
         step = config["seq_len"] - n
         for start in range(n, len(ids), step):
-            yield name, number, ids[:n] + ids[start : start + step]
+            yield str(row.get("source") or file), number, ids[:n] + ids[start : start + step]
 
 
 def render(chat, tokenizer):

@@ -34,12 +34,16 @@ from train import explain, fail
 
 # isort: split
 
+import itables
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from accelerate.utils import tqdm
 from datasets import load_from_disk
 from einops import einsum
+from itables import to_html_datatable
+from itables.javascript import generate_init_offline_itables_html
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -57,12 +61,12 @@ allowed = dict(n_texts=train.at_least_1)
 
 
 class Texts:
-    """The texts of a store that collect.py wrote: meta, its meta.json; docs, the token ids of each;
-    rows, a DataFrame of doc, pos, token and source of each row. Other data has no docs.
+    """The texts of a store that collect.py wrote: meta, its meta.json; rows, a DataFrame of doc,
+    pos, token and source of each row. has_docs is False for other data, which has no texts.
     """
 
     meta = {}
-    docs = []
+    has_docs = False
 
     def __init__(self, data):
         self.store = data
@@ -72,14 +76,24 @@ class Texts:
         with explain(f"--data={path}: its docs do not fit its rows"):
             self.meta = json.loads((path / "meta.json").read_text())
             docs = load_from_disk(path / "docs")
-            self.docs = docs["input_ids"]
             rows = data.columns.to_pandas()
             source = pd.Categorical(docs["source"])
             self.rows = rows.assign(source=source[rows.doc])
-            ids = docs.data.column("input_ids").combine_chunks()
-            place = ids.offsets.to_numpy()[rows.doc] + rows.pos  # among the tokens of all docs
-            np.testing.assert_array_equal(ids.values.to_numpy()[place], rows.token)
+            self.ids = docs.data.column("input_ids").combine_chunks()
+            place = self.ids.offsets.to_numpy()[rows.doc] + rows.pos  # among the tokens of all docs
+            np.testing.assert_array_equal(self.ids.values.to_numpy()[place], rows.token)
             assert place.is_unique, "a token of docs has two rows"
+            self.has_docs = True
+
+    def doc(self, i):
+        """Returns the token ids of a doc, as a list."""
+        return self.ids[i].as_py()
+
+    def evenly(self, rows, n_texts):
+        """Returns n_texts docs of these rows, as many of each source as there are."""
+        docs = self.rows.iloc[rows].drop_duplicates("doc")
+        turn = docs.groupby("source", observed=True).cumcount()
+        return docs.doc.iloc[turn.argsort(kind="stable")[:n_texts]].tolist()
 
 
 # --- Latents --------------------------------------------------------------------------------------
@@ -151,7 +165,7 @@ def toy_score(toy, model, table):
         near = (torch.cosine_similarity(d, planted, dim=2) > 0.9) | ~planted.any(1)
         is_near = near.all(1).numpy()
         recovers = is_near & (table.kind == kind)
-        confirms = is_near & table.confirmed
+        confirms = is_near & (table.confirmed != "")
         found = dict(kind=kind, planted=1, recovered=recovers.any(), confirmed=confirms.any())
         features.append(found)
         is_false &= ~recovers
@@ -232,12 +246,13 @@ def load_models(texts, device):
 
 
 def read_texts(texts, models, rows, n_texts):
-    """Yields (ids [1, position], positions with rows [n], raw [position, model, d_model]) of the
-    first n_texts docs of those rows. Ends the program if the models do not give the store's rows.
+    """Yields (ids [1, position], positions with rows [n], raw [position, model, d_model]) of
+    n_texts docs of those rows. Ends the program if the models do not give the store's rows.
     """
-    for doc, of_doc in islice(texts.rows.iloc[rows].groupby("doc"), n_texts):
+    for doc in tqdm(texts.evenly(rows, n_texts), desc="texts", delay=1, leave=False):
+        of_doc = texts.rows[texts.rows.doc == doc]
         stored = texts.store.read(of_doc.index.to_numpy()).float()
-        ids = torch.tensor([texts.docs[doc]], device=models[0].model.device)
+        ids = torch.tensor([texts.doc(doc)], device=models[0].model.device)
         kept = ids.new_tensor(of_doc.pos.tolist())
         of_models = [model.read(ids) for model in models]
         with explain(f"{texts.store.path}: its models, at its hooks, do not give its rows"):
@@ -340,17 +355,19 @@ def sets_of(order):
 @torch.no_grad()
 def splice_in(crosscoder, texts, models, n_texts, maps, directions, sets):
     """Patches n_texts held-out texts, at the positions that the store has, by each of `patches`.
-    Returns a DataFrame by name of patch, and {name: mean change of each next token's probability
-    [vocabulary]}. The columns:
-    l0         active latents, or directions, per patched position
-    ce, kl     nats per token of cross-entropy, and of KL divergence from the fine-tuned model
-    recovered  drop in kl from clean_A, over the drop by `all_of_B`, if that is at least 0.01
+    Returns a DataFrame with a row for each text and patch: text (its number), source, name (of the
+    patch), and sums over the text: l0 (active latents, or directions), ce and kl (cross-entropy and
+    KL divergence from the fine-tuned model, in nats), and n_l0, n_ce, n_kl, the positions that they
+    are sums over. Also {name: mean change of each next token's probability [vocabulary]}.
     """
     found = []
-    n = np.zeros(3)  # positions over which l0, ce and kl are sums
     p = {}  # each next token's probability, summed over positions, by patch
-    for ids, kept, raw in read_texts(texts, models, texts.store.val_rows, n_texts):
-        n += [len(kept), ids.numel() - 1, ids.numel()]
+    docs = texts.evenly(texts.store.val_rows, n_texts)
+    sources = texts.rows.drop_duplicates("doc").set_index("doc").source[docs]
+    read = read_texts(texts, models, texts.store.val_rows, n_texts)
+    for text, (source, (ids, kept, raw)) in enumerate(zip(sources, read)):
+        n = ids.numel()
+        of_text = dict(text=text, source=source, n_l0=len(kept), n_ce=n - 1, n_kl=n)
         for name, m, active, values in patches(crosscoder, raw[kept], maps, directions, sets):
             patched = raw[:, m].index_copy(0, kept, values)
             logits = models[m].logits(ids, patched)
@@ -358,47 +375,80 @@ def splice_in(crosscoder, texts, models, n_texts, maps, directions, sets):
             if name == "clean_B":  # the first patch
                 p_b = log_p.exp()
             ce = F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").item()
-            cross_entropy = -torch.tensordot(p_b, log_p).item()
-            found.append(dict(name=name, l0=active, ce=ce, kl=cross_entropy))
+            kl = -torch.tensordot(p_b, log_p).item()
+            found.append(of_text | dict(name=name, l0=active, ce=ce, kl=kl))
             p[name] = p.get(name, 0) + log_p.exp_().sum(0)
-    curve = pd.DataFrame(found).groupby("name", sort=False).sum() / n
-    curve.kl -= curve.kl.clean_B  # the entropy of B
+    found = pd.DataFrame(found)
+    found.kl -= found.groupby("text").kl.transform("first")  # the entropy of B
+    n = found.n_kl[found.name == "clean_B"].sum()
+    return found, {name: (y - p["clean_A"]) / n for name, y in p.items()}
+
+
+def curve_of(found, weights=1):
+    """Returns a DataFrame by name of patch, for the rows of splice_in and a weight of each: l0 per
+    patched position, ce and kl in nats per token, and recovered: the drop in kl from clean_A, over
+    the drop by `all_of_B`, if that is at least 0.01.
+    """
+    names = ["l0", "ce", "kl"]
+    sums = found.select_dtypes("number").mul(weights, axis=0).groupby(found.name, sort=False).sum()
+    curve = sums[names] / sums[[f"n_{name}" for name in names]].to_numpy()
     gap = curve.kl.clean_A - curve.kl.all_of_B
     if gap >= 0.01:
         curve["recovered"] = (curve.kl.clean_A - curve.kl) / gap
-    return curve, {name: (y - p["clean_A"]) / n[2] for name, y in p.items()}
+    return curve
+
+
+def spread_of(found):
+    """Returns the standard errors of the figures of curve_of, by a bootstrap over texts."""
+    rng = np.random.default_rng(0)
+    n = found.text.nunique()
+    curves = []
+    for _ in range(200):
+        often = np.bincount(rng.integers(n, size=n), minlength=n)  # how often each text is drawn
+        curves.append(curve_of(found, often[found.text]))
+    return pd.concat(curves).groupby(level=0, sort=False).std()
 
 
 # --- Page -----------------------------------------------------------------------------------------
 
-STYLE = """:root { color-scheme: light dark } h1 { font-size: 1.4em }
-body { font: 15px/1.5 system-ui; max-width: 76em; margin: 2em auto; padding: 0 1em }
-table, .svg { display: block; overflow-x: auto; font-size: 13px; fill: currentColor }
-table { border-spacing: 0 } .texts { text-align: left; white-space: pre-wrap; min-width: 36em }
-td, th { padding: .2em .6em; text-align: right; vertical-align: top }
-td, th { border-top: 1px solid #8884; white-space: nowrap }"""
+STYLE = """:root { color-scheme: light dark; font: 14px/1.45 system-ui } h1 { font-size: 1.4em }
+body { max-width: 96em; margin: 1.5em auto; padding: 0 1em } .wide, .svg { overflow-x: auto }
+.svg svg, td, th { fill: currentColor; font-size: 12px } p { margin: .3em 0; max-width: 60em }
+td, th { vertical-align: top; padding: 2px 5px !important; text-align: right }
+#latents th { white-space: normal; max-width: 5.5em } #latents { font-size: 12px }
+.texts { text-align: left; white-space: pre-wrap; width: 36em; max-width: 80vw }
+.texts b { font-weight: normal; color: light-dark(black, white) }
+.texts b { background: light-dark(rgb(255 150 0/var(--s)), rgb(170 75 0/var(--s))) }
+.bar { display: inline-block; background: #e80; height: .7em; margin-right: .5em }"""
 
+COLUMNS = dict(  # of the list of latents, each with what it means
+    latent="number of the latent",
+    texts="the five held-out texts in which it is strongest; the darker, the stronger",
+    source="the commonest source of its 20 strongest rows, its share of them, and of all rows",
+    promoted="tokens whose probability rises most if the base model gets its change",
+    opening="opening: nearly all of its strongest rows are among the first ten tokens of a text",
+    position="median position in the text of its 20 strongest rows",
+    nats_per_token="first-order effect: by how much it lowers the KL divergence from B",
+    change_per_token="change times frequency",
+    relative_norm="share of B in its decoder norm: 0 is of the base model, 1 of the fine-tuned one",
+    change="norm of the difference of its decoder vectors, over the sum of their norms",
+    frequency="share of held-out rows in which it fires",
+    cosine="of its decoder vectors in the two models",
+    kind="by relative_norm: base-only under 0.1, shared 0.4 to 0.6, fine-tuned-only over 0.9",
+    nu_r="latent scaling on reconstructions: how much the other model has of it; small: little",
+    nu_epsilon="the same on errors; small: the other model's error does not hide it either",
+    confirmed="the model that alone has it: nu_r < 0.5, nu_epsilon < 0.2, in enough rows",
+)
 
-def verdict(d_hidden, table, row, curve):
-    """Returns two sentences: how large the change is and what carries it, and latents by kind."""
-    said = "the models do not differ here"
-    if row["relative_difference"] > 1e-4:
-        said = f"B - A is {row['relative_difference']:.2g} of A"
-    if len(curve):
-        kl = curve.kl
-        said += f"; KL {kl.clean_A:.2g} nats a token, of which this layer "
-        if "recovered" in curve:
-            share = curve.recovered.map("{:.0%}".format)
-            said += f"{1 - kl.all_of_B / kl.clean_A:.0%}. Of that: constant {share.constant}, "
-            said += f"one direction {share.rank_1}, affine map {share['map']}; with the constant "
-            said += f"20 latents {share.chosen_20}, 100 {share.chosen_100}, all {share.chosen_all}"
-        else:
-            said += "less than 0.01, too little to attribute"
-    kinds = f"of {d_hidden:,} latents {len(table):,} are alive"
-    for kind in ("shared", "uneven", "base-only", "fine-tuned-only"):
-        kinds += f", {(table.kind == kind).sum():,} {kind}"
-    kinds += f", {table.confirmed.sum():,} confirmed"
-    return said, kinds
+EXPLAINED = dict(  # estimates of B that the page shows as bars; * needs B's activation
+    constant="the same vector, added everywhere",
+    rank_1="a vector whose strength an affine map reads from A",
+    map="an affine map of A",
+    chosen_20="the constant and 20 latents *",
+    chosen_100="the constant and 100 latents *",
+    chosen_all="the constant and all latents *",
+    directions_20="20 singular directions of B - A *",
+)
 
 
 def find_decoder(texts):
@@ -413,46 +463,86 @@ def find_decoder(texts):
         return lambda ids: " ".join(map(str, ids))
 
 
-def snippet(ids, shade, decode):
-    """Returns HTML of the tokens around the deepest shade, a Series of 0 to 1 by position."""
-    spans = ""
-    text = ""
-    pos = shade.idxmax()
+def snippet(ids, pos, shade, decode):
+    """Returns HTML of the tokens around a position. `shade` is {position: 0 to 1}."""
     first = max(0, pos - 16)
-    for i in range(len(ids))[first : pos + 9]:
-        so_far = decode(ids[first : i + 1])
-        if not so_far.endswith("\ufffd"):  # else the next token has the rest of a letter
-            more = html.escape(so_far.removeprefix(text).replace("\n", "↵"))
-            spans += f'<span style="background: rgb(255 140 0/{shade.get(i, 0):.2f})">{more}</span>'
-            text = so_far
+    last = min(len(ids), pos + 9)
+    done = ""
+    spans = ""
+    begin = first
+    for cut in sorted({i for j in shade for i in (j, j + 1)} | {last}):
+        text = decode(ids[first:cut]).rstrip("\ufffd")  # the next token has the rest of a letter
+        part = html.escape(text.removeprefix(done).replace("\n", "↵"))
+        if part and begin in shade:
+            part = f'<b style="--s:{shade[begin]:.2f}">{part}</b>'
+        spans += part
+        done = text
+        begin = cut
     return spans
 
 
-def examples(texts, rows, decode):
-    """Returns HTML of the five texts with the strongest shades. With several sources, it also
-    returns the commonest source of the 20 strongest rows, and its shares of these and of all rows.
-    `rows` is a DataFrame of doc, pos, source and shade, from 0 to 1.
+@torch.no_grad()
+def active_rows(model, texts, latents, maps):
+    """Returns a DataFrame of where latents and maps are active in up to 100,000 held-out rows:
+    name, doc, pos, source, strength, and shade, the strength over the largest of that name. The
+    strongest come first.
     """
-    deepest = rows[rows.shade > 0].sort_values("shade", ascending=False, kind="stable")
-    lines = []
-    for doc, of_doc in islice(deepest.groupby("doc", sort=False), 5):
-        shade = of_doc.set_index("pos").shade
-        lines.append(snippet(texts.docs[doc], shade, decode))
-    shown = dict(texts=f'<div class="texts">{"<br>".join(lines)}</div>')
+    parts = []
+    n = 0
+    is_listed = np.zeros(len(model.b_enc), bool)
+    is_listed[latents] = True
+    for raw in islice(texts.store.held_out, 100):
+        f = model.encode(raw).cpu().numpy() * is_listed
+        row, name = f.nonzero()
+        parts.append(pd.DataFrame(dict(name=name, row=n + row, strength=f[row, name])))
+        a = raw[:, 0].to(model.b_dec)
+        for name, (W, bias) in maps.items():
+            strength = (a @ W + bias).norm(dim=1).cpu().numpy()
+            parts.append(
+                pd.DataFrame(dict(name=name, row=n + np.arange(len(a)), strength=strength))
+            )
+        n += len(raw)
+    active = pd.concat(parts).query("strength > 0")
+    active["shade"] = active.strength / active.groupby("name").strength.transform("max")
+    active = active.sort_values("shade", ascending=False, kind="stable", ignore_index=True)
+    of_row = texts.rows.iloc[texts.store.val_rows].iloc[active.row]
+    return active.assign(**{key: of_row[key].to_numpy() for key in ("doc", "pos", "source")})
+
+
+def described(texts, active):
+    """Returns a DataFrame by name in active_rows: texts (HTML), source, opening and position."""
+    decode = find_decoder(texts)
+    best = active.drop_duplicates(["name", "doc"]).groupby("name", sort=False).head(5)
+    near = best.merge(active, on=["name", "doc"], suffixes=("", "_near"))
+    near = near[(near.pos_near - near.pos).between(-16, 8)]
+    lines = {}
+    for (name, doc, pos), of_text in near.groupby(["name", "doc", "pos"], sort=False):
+        shade = dict(zip(of_text.pos_near, of_text.shade_near))
+        lines.setdefault(name, []).append(snippet(texts.doc(doc), pos, shade, decode))
+    shown = {name: f'<div class="texts">{"<br>".join(y)}</div>' for name, y in lines.items()}
+    shown = pd.DataFrame(dict(texts=shown))
+
+    rank = active.groupby("name").shade.rank(method="min", ascending=False)
+    strongest = active[rank <= 20]  # and ties: the constant is alike in all rows
+    rows = texts.rows.iloc[texts.store.val_rows]
+    share = pd.crosstab(strongest.name, strongest.source, normalize="index")
     if rows.source.nunique() > 1:
-        first_20 = deepest.nlargest(20, "shade", keep="all")  # the constant is alike in all rows
-        share = first_20.source.value_counts(normalize=True)
-        first = share.idxmax()
-        usual = (rows.source == first).mean()
-        shown["source"] = html.escape(f"{first} {share[first]:.0%} (of all {usual:.0%})")
-    return shown
+        usual = rows.source.value_counts(normalize=True)
+        for name, first in share.idxmax(axis=1).items():
+            of_all = f"{share.loc[name, first]:.0%} (of all {usual[first]:.0%})"
+            shown.loc[name, "source"] = f"{html.escape(first)} {of_all}"
+    by_name = strongest.pos.groupby(strongest.name)
+    early = by_name.agg(lambda pos: (pos <= 10).mean())
+    is_opening = (early >= 0.9) & (early > 2 * (rows.pos <= 10).mean())
+    shown["opening"] = is_opening.map({True: "opening", False: ""})
+    return shown.assign(position=by_name.median())
 
 
 def promoted_at(texts, row, base, change):
     """Returns how much each next token's probability rises [vocabulary] if `change` [d_model] is
     added to the base model's activation at a row of texts.rows.
     """
-    ids = texts.docs[row.doc][: row.pos + 1]
+    ids = texts.doc(row.doc)[: row.pos + 1]
     ids = torch.tensor([ids], device=change.device)
     raw = base.read(ids)
     before = base.logits(ids, raw)[-1].softmax(-1)
@@ -460,70 +550,161 @@ def promoted_at(texts, row, base, change):
     return base.logits(ids, raw)[-1].softmax(-1) - before
 
 
-@torch.no_grad()
-def described(model, texts, top, models, maps, promoted):
-    """Returns the table `top` of latents with the held-out texts where each is strongest. The maps
-    come first, a row each. If there are models, it also has the tokens that each promotes most:
-    latents where they are strongest, maps on average, by `promoted` {name: [vocabulary]}.
+def promoted_by(texts, active, base, names, promoted, d_change):
+    """Returns {name: HTML of the tokens that it promotes most}: maps on average, by `promoted`
+    {name: [vocabulary]}, and latents where they are strongest.
     """
     decode = find_decoder(texts)
-    rows = texts.rows.iloc[texts.store.val_rows]
-    d_change, _ = decoder_change(model)
-    strength = []  # of maps and latents, [row, name]
-    for raw in texts.store.held_out:
-        f = model.encode(raw)[:, top.index]
-        a = raw[:, 0].to(model.b_dec)
-        of_maps = [(a @ W + bias).norm(dim=1, keepdim=True) for W, bias in maps.values()]
-        strength.append(torch.cat([*of_maps, f], dim=1))
-    strength = dict(zip([*maps, *top.index], torch.cat(strength).T))
-    found = {}
-    for name, y in strength.items():
-        i = y.argmax().item()
-        if y[i] == 0:  # maps, if both models are the same
+    strongest = active.drop_duplicates("name").set_index("name")
+    shown = {}
+    for name in tqdm(names, desc="promoted tokens", delay=1, leave=False):
+        if name in promoted:
+            rise = promoted[name]
+        elif name in strongest.index:
+            row = strongest.loc[name]
+            rise = promoted_at(texts, row, base, row.strength * d_change[name])
+        else:
             continue
-        shade = (y / y[i]).cpu().numpy()
-        found[name] = examples(texts, rows.assign(shade=shade), decode)
-        if models:
-            if name in maps:
-                rise = promoted[name]
-            else:
-                change = y[i] * d_change[name]
-                rise = promoted_at(texts, rows.iloc[i], models[0], change)
-            rise, token = rise.topk(5)
-            lines = [f"{decode([t])!r} {y:+.2g}" for t, y in zip(token.tolist(), rise)]
-            found[name]["promoted"] = "<br>".join(map(html.escape, lines))
-    return pd.DataFrame(found).T.join(top)
+        rise, token = rise.topk(5)
+        lines = [f"{decode([t])!r} {y:+.2g}" for t, y in zip(token.tolist(), rise)]
+        shown[name] = "<br>".join(map(html.escape, lines))
+    return shown
+
+
+def sizes_of(data):
+    """Returns the norms of B - A and of A for all held-out rows, a DataFrame: change and base."""
+    parts = []
+    for raw in data.held_out:
+        a, b = raw.float().unbind(1)
+        parts.append(torch.stack([b - a, a], dim=1).norm(dim=2))
+    return pd.DataFrame(torch.cat(parts).numpy(), columns=["change", "base"])
+
+
+def by_group(sizes, group):
+    """Returns ||B - A|| / ||A|| of each group of rows, a DataFrame with the number of rows."""
+    groups = sizes.groupby(pd.Categorical(group), observed=True)
+    mean = groups.mean()
+    return pd.DataFrame({"rows": groups.size(), "||B - A|| / ||A||": mean.change / mean.base})
+
+
+def verdict(d_hidden, table, row, by_source, found, curve, spread):
+    """Returns sentences: how large the change is, latents by kind, and what explains the change."""
+    change = row["relative_difference"]
+    said = ["The models do not differ here"]
+    if change > 1e-4:
+        said = [f"B - A, what fine-tuning changed here, is {change:.2g} of A in size"]
+        if len(by_source) > 1:
+            of_sources = by_source["||B - A|| / ||A||"].map("{:.2g}".format)
+            said[0] += f" ({', '.join(f'{name} {y}' for name, y in of_sources.items())})"
+    kinds = f"Of {d_hidden:,} latents {len(table):,} are alive"
+    for kind in ("shared", "uneven", "base-only", "fine-tuned-only"):
+        kinds += f", {(table.kind == kind).sum():,} {kind}"
+    confirmed = table.confirmed.value_counts()
+    n_confirmed = confirmed.sum() - confirmed.get("", 0)
+    said.append(f"{kinds}, {n_confirmed:,} confirmed")
+    if n_confirmed == 0:
+        said.append("No latent is confirmed to be of one model alone")
+    if "opening" in table and table.opening.any():
+        n = (table.opening == "opening").sum()
+        said.append(f"{n:,} are openings: they fire in the first ten tokens of texts")
+    if len(curve):
+        kl = curve.kl
+        n_texts = found.text.nunique()
+        of = f"of {n_texts} texts, {found.n_kl[found.name == 'clean_A'].sum():,} tokens"
+        start = f"KL from A to B is {kl.clean_A:.2g} ± {spread.kl.clean_A:.1g} nats a token ({of})"
+        if "recovered" in curve:
+            part = 1 - kl.all_of_B / kl.clean_A
+            share = {}
+            for name, y in curve.recovered.items():
+                share[name] = f"{y:.0%} ± {spread.recovered[name]:.0%}"
+            said.append(f"{start}, of which this layer {part:.0%}")
+            said.append(
+                f"Of that: constant {share['constant']}, one direction {share['rank_1']}, affine "
+                f"map {share['map']}; with the constant 20 latents {share['chosen_20']}, 100 "
+                f"{share['chosen_100']}, all {share['chosen_all']}"
+            )
+        else:
+            said.append(f"{start}, of which this layer less than 0.01, too little to attribute")
+        if n_texts < 16:
+            said.append("Latents are ranked by fewer than 8 texts: their order is uncertain")
+    if by_source.rows.sum() < 2000:
+        said.append(f"Only {by_source.rows.sum():,} rows are held out: rare latents are uncertain")
+    return said
+
+
+def bars(curve, spread):
+    """Returns HTML of what it takes to explain the change, as bars."""
+    lines = ""
+    for name, meaning in EXPLAINED.items():
+        share = curve.recovered[name]
+        bar = f'<span class="bar" style="width: {max(0, min(1, share)) * 20:.1f}em"></span>'
+        figure = f"{bar}{share:.0%} ± {spread.recovered[name]:.0%}"
+        lines += f'<tr><td>{meaning}</td><td style="text-align: left">{figure}</td></tr>'
+    return f"<table>{lines}</table><p>* needs the fine-tuned model's activation</p>"
 
 
 def pictures(table, rows, curve, path):
     """Draws latents, training and splicing into an SVG file. Returns it as HTML."""
-    latents = table[["relative_norm", "cosine", "change"]].astype(float)
-    latents["log10_frequency"] = np.log10(table.frequency.replace(0, np.nan))
-    latents = latents.round(6)  # no range too narrow for 50 bins
-    names = ["step", "loss", "explained_variance", "l0_loss", "dead_latents"]
+    names = ["step", "loss", "explained_variance", "explained_variance_difference", "dead_latents"]
     training = pd.DataFrame(rows, columns=names, dtype=float).dropna()
     style = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8, "legend.frameon": False}
     with rc_context(style):
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
         above, below = figure.subplots(2, 4)
-        for axes in latents.hist(ax=above, bins=50, grid=False):
-            axes.set(yscale="symlog", ylabel="latents")
-        above[0].set(xlim=(0, 1), title="relative_norm (0: base, 1: fine-tuned)")
+        bins = np.linspace(0, 1, 51)
+        for kind, of_kind in table.groupby("kind"):
+            above[0].hist(of_kind.relative_norm, bins=bins, label=kind)
+        above[0].legend(loc="upper left", fontsize=6)
+        frequency = np.log10(table.frequency.replace(0, np.nan).astype(float))
+        above[1].hist(table.cosine.astype(float), bins=np.linspace(-1, 1, 51))
+        above[2].hist(frequency, bins=50, range=(-6, 0))
+        labels = ["relative norm (0: base, 1: fine-tuned)", "cosine", "log10 of frequency"]
+        for axes, label in zip(above, labels):
+            axes.set(yscale="symlog", ylabel="latents", xlabel=label)
         if "recovered" in curve:
-            axes = above[2]
-            axes.clear()
+            axes = above[3]
             for name in ("chosen", "random", "directions"):
                 line = curve.filter(like=name, axis=0)
-                line.plot("l0", "recovered", ax=axes, logx=True, marker="o", label=name)
+                axes.plot(line.l0, line.recovered, marker="o", label=f"{name} *")
             for name, line in {"constant": ":", "rank_1": "-.", "map": "--"}.items():
                 axes.axhline(curve.recovered[name], label=name, color="grey", linestyle=line)
-            axes.set_title("change recovered")
-            axes.legend()
-        training.plot("step", subplots=True, ax=below, marker=".")
+            axes.set(xscale="log", ylim=(0, 1), xlabel="active a token (* needs B)")
+            axes.set_title("KL recovered")
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=6)
+        training.plot("step", subplots=True, ax=below, marker=".", legend=False)
+        for axes, name in zip(below, names[1:]):
+            axes.set_title(name)
         save = partial(figure.savefig, format="svg", transparent=True, metadata=dict(Date=None))
         train.write_atomically(path, save)
     svg = path.read_text(encoding="utf-8").replace("#000000", "currentColor")
     return svg[svg.index("<svg") :]
+
+
+def page_of(said, tables, svg, latents, run):
+    """Returns the page, a file that fetches nothing. `tables` are HTML, by their titles."""
+    options = dict(connected=False, maxBytes=0, allow_html=True, table_id="latents", order=[])
+    options |= dict(showIndex=False, pageLength=20, classes="compact", style="width: 100%")
+    options |= dict(text_in_header_can_be_selected=False)
+    columns = {name: html.escape(y) for name, y in COLUMNS.items()}
+    heads = {}
+    for name in latents:
+        heads[name] = f'<span title="{columns[name]}">{name.replace("_", "<wbr>_")}</span>'
+    every = to_html_datatable(latents.rename(columns=heads), **options)
+    glossary = "".join(f"<dt>{name}</dt><dd>{y}</dd>" for name, y in columns.items())
+    said = [html.escape(line) for line in said]
+    body = "".join(f"<p>{line}.</p>" for line in said[1:])
+    for title, table in tables.items():
+        body += f'<details open><summary>{title}</summary><div class="wide">{table}</div></details>'
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<title>What fine-tuning changed</title><meta name="viewport" content="width=device-width">
+{generate_init_offline_itables_html(itables.options.dt_bundle)}<style>{STYLE}</style>
+<h1>{said[0]}</h1><p>A is the base model, B the model fine-tuned from it.</p>{body}
+<h2>Latents, by how much of the change they carry</h2><p>Search finds words of the texts, too;
+!opening leaves openings out.</p><div class="wide">{every}</div><div class="svg">{svg}</div>
+<details><summary>What the columns mean</summary><dl>{glossary}</dl><p>Latent scaling: arXiv
+2504.02922. Attribution patching: arXiv 2310.10348. Crosscoders:
+transformer-circuits.pub/2024/crosscoders.</p></details>
+<details><summary>The run</summary>{run.to_frame("").to_html(border=0)}</details>"""
 
 
 def report(model, data, config, rows, splice=False, n_texts=16):
@@ -535,29 +716,27 @@ def report(model, data, config, rows, splice=False, n_texts=16):
         return ""
     torch.set_float32_matmul_precision("highest")  # fits of B - A do not go with TF32
     texts = Texts(data)
-    if splice and not texts.docs:
+    if splice and not texts.has_docs:
         fail("--splice=True takes a store that collect.py wrote")
     out = Path(config["out_dir"])
 
     # how large the change is, and a table of the latents
     dead_after = config["dead_after"]
     row, frequency = train.validate(model, data, config["l1_coeff"], dead_after)
-    size = []  # norms of B - A and of A, [row, 2]
-    for raw in data.held_out:
-        a, b = raw.float().unbind(1)
-        size.append(torch.stack([b - a, a], dim=1).norm(dim=2))
-    size = torch.cat(size)
-    row["relative_difference"] = size[:, 0].mean() / size[:, 1].mean()
+    sizes = sizes_of(data)
+    row["relative_difference"] = sizes.change.mean() / sizes.base.mean()
     row = {key: float(y) for key, y in row.items() if np.isfinite(float(y))}
     table = compare(model, frequency, dead_after).join(latent_scaling(model, data.held_out))
-    least = min(20 / len(size), 0.01)  # 20 rows, or 1% of fewer than 2,000
-    table["confirmed"] = table.eval(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
+    least = min(20 / len(sizes), 0.01)  # 20 rows, or 1% of fewer than 2,000
+    is_confirmed = table.eval(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
+    own = np.where(table.relative_norm > 0.5, "fine-tuned", "base")
+    table["confirmed"] = np.where(is_confirmed, own, "")
 
     # what carries the change
     models = []
     maps = {}
     promoted = {}
-    curve = pd.DataFrame()
+    found = curve = spread = pd.DataFrame()
     if splice:
         models = load_models(texts, frequency.device)
         effect = attribution(model, texts, models, -(-n_texts // 2))
@@ -567,49 +746,103 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     if splice:
         maps, directions, row["map_r2"] = fit_baselines(model, data)
         sets = sets_of(table.index)
-        curve, promoted = splice_in(model, texts, models, n_texts, maps, directions, sets)
+        found, promoted = splice_in(model, texts, models, n_texts, maps, directions, sets)
+        curve = curve_of(found)
+        spread = spread_of(found)
         for m in "AB":
             clean, spliced, zero = curve.ce[[f"clean_{m}", f"spliced_{m}", f"zero_{m}"]]
             row[f"loss_recovered_{m}"] = (zero - spliced) / (zero - clean)
-        found = {f"{column}_{name}": y for (column, name), y in curve.unstack().items()}
-        found = {f"val/{key}": y for key, y in (row | found).items() if np.isfinite(y)}
-        train.write_rows(out, [dict(step=config["steps"]) | found])
+        of_curve = {f"{column}_{name}": y for (column, name), y in curve.unstack().items()}
+        of_curve = {f"val/{key}": y for key, y in (row | of_curve).items() if np.isfinite(y)}
+        train.write_rows(out, [dict(step=config["steps"]) | of_curve])
 
-    # the page lists the first 20 latents, and the first 40 that one model has alone
-    alone = table[table.kind.str.endswith("only") | table.confirmed]
-    top = table.loc[table.index[:20].union(alone.index[:40], sort=False)]
-    if texts.docs:
-        top = described(model, texts, top, models, maps, promoted)
-    top = top.reset_index(names="latent")
-    said, kinds = verdict(len(frequency), table, row, curve)
+    # the texts of the first 5,000 latents, and of all that one model has alone
+    alone = table[table.kind.str.endswith("only") | (table.confirmed != "")]
+    first = table.index[:5000].union(alone.index, sort=False)
+    latents = table.loc[first]
+    tables = {}
+    by_source = by_group(sizes, ["all"] * len(sizes))
+    if texts.has_docs:
+        of_rows = texts.rows.iloc[data.val_rows]
+        by_source = by_group(sizes, of_rows.source)
+        names = ["1 to 3", "4 to 10", "11 to 20", "21 to 50", "later"]
+        position = pd.cut(of_rows.pos, [-1, 3, 10, 20, 50, 10**9], labels=names)
+        tables["By position in the text"] = by_group(sizes, position).to_html(border=0)
+        active = active_rows(model, texts, first, maps)
+        shown = described(texts, active)
+        if models:
+            d_change, _ = decoder_change(model)
+            names = [*maps, *table.index[:20].union(alone.index[:40])]
+            of_names = promoted_by(texts, active, models[0], names, promoted, d_change)
+            shown["promoted"] = pd.Series(of_names)
+        table = table.join(shown[["opening", "position"]])
+        if promoted:
+            baselines = shown.reindex(maps)[["texts", "promoted"]].dropna()
+            tables["Baselines"] = baselines.to_html(border=0, escape=False)
+            shown.promoted = shown.promoted.fillna("")
+        latents = latents.join(shown)
+    said = verdict(len(frequency), table, row, by_source, found, curve, spread)
+
+    # the page
+    for source, of_source in found.groupby("source", observed=True) if splice else ():
+        figures = curve_of(of_source)
+        by_source.loc[source, "texts"] = of_source.text.nunique()
+        by_source.loc[source, ["CE of A", "CE of B"]] = figures.ce[["clean_A", "clean_B"]].tolist()
+        by_source.loc[source, "KL"] = figures.kl.clean_A
+        for name in ("constant", "chosen_20", "chosen_all"):
+            if "recovered" in figures:
+                by_source.loc[source, f"{name} recovers"] = figures.recovered[name]
+    tables["By source"] = by_source.to_html(border=0, na_rep="")
+    if "recovered" in curve:
+        tables["What it takes to recover that"] = bars(curve, spread)
+        tables["All patches"] = curve.join(spread.add_suffix(" ±")).to_html(border=0)
     run = pd.json_normalize(config | dict(store=texts.meta, val=row), sep="/").iloc[0]
     run = run.drop(["resume", "trust_remote_code"], errors="ignore")
     svg = pictures(table, rows, curve, out / "report.svg")
-    with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.4g}".format):
-        page = f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<title>What fine-tuning changed</title><meta name="viewport" content="width=device-width">
-<style>{STYLE}</style><h1>{said}</h1><p>{kinds}</p><div class="svg">{svg}</div>
-{top.to_html(index=False, escape=False, border=0, na_rep="")}
-{curve.to_html(border=0)}{run.to_frame("the run").to_html(border=0)}"""
+    latents = latents.rename_axis("latent").reset_index()
+    latents = latents[[name for name in COLUMNS if name in latents]]
+    with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.3g}".format):
+        page = page_of(said, dict(reversed(tables.items())), svg, latents, run)
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))
-    print(f"{said}\n{kinds}\nreport: {out / 'report.html'}")
+    print("\n".join(said), f"\nreport: {out / 'report.html'}")
     if hasattr(data, "directions"):
         print(toy_score(data, model, table))
     return page
 
 
+def open_run(run, device="auto"):
+    """Returns a run's model, data, config and rows of metrics. `run` is its folder."""
+    place = train.set_up(device)
+    state = train.read_checkpoint(run)
+    here = dict(out_dir=run, steps=state["step"], device=device)
+    config = train.settings_of(state["config"] | here)
+    data = train.open_data(config)
+    with explain(f"--run={run}: its weights are not of its config and data"):
+        model = train.new_model(config, data).to(place)
+        model.load_state_dict(state["model"])
+    return model.eval(), data, config, state["rows"]
+
+
+def texts_of(run, latent, n=5):
+    """Returns the n held-out texts of a run in which a latent is strongest, a DataFrame: doc, pos
+    (of the strongest token), source, strength, token and text.
+    """
+    model, data, _, _ = open_run(run)
+    texts = Texts(data)
+    decode = find_decoder(texts)
+    found = active_rows(model, texts, [latent], {}).drop_duplicates("doc").head(n)
+    docs = [texts.doc(doc) for doc in found.doc]
+    token = [decode([ids[pos]]) for ids, pos in zip(docs, found.pos)]
+    columns = ["doc", "pos", "source", "strength"]
+    return found[columns].assign(token=token, text=[decode(ids) for ids in docs])
+
+
 def main(argv):
     options = train.checked(train.read_command_line(argv, __file__), config, allowed)
-    run = options["run"]
-    device = train.set_up(options["device"])
-    state = train.read_checkpoint(run)
-    here = dict(out_dir=run, steps=state["step"], device=options["device"])
-    of_run = train.settings_of(state["config"] | here)
-    data = train.open_data(of_run)
-    with explain(f"--run={run}: its weights are not of its config and data"):
-        model = train.new_model(of_run, data).to(device)
-        model.load_state_dict(state["model"])
-    return report(model, data, of_run, state["rows"], options["splice"], options["n_texts"])
+    if not options["run"]:
+        fail("--run is missing: give the folder of a run, such as --run=out/RUN")
+    given = open_run(options["run"], options["device"])
+    return report(*given, options["splice"], options["n_texts"])
 
 
 if __name__ == "__main__":

@@ -613,7 +613,7 @@ def error_of(capsys, function, *args):
         function(*args)
     assert end.value.code == 2
     lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if line and "%|" not in line and "it/s]" not in line]  # bars
+    lines = [y for y in lines if y.strip() and "%|" not in y and "it/s]" not in y]  # no bars
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -1380,7 +1380,8 @@ def test_rows_too_large_for_float16_are_divided_by_a_power_of_two_and_spliced_in
     store = train.Store(store_config(val_tokens=300))
     texts = report.Texts(store)
     models = report.load_models(texts, "cpu")
-    curve, _ = report.splice_in(Says(), texts, models, 2, {}, torch.eye(16), {})
+    found, _ = report.splice_in(Says(), texts, models, 2, {}, torch.eye(16), {})
+    curve = report.curve_of(found)
     assert curve.kl.spliced_B == pytest.approx(0, abs=1e-3), "its own rows, put back"
 
 
@@ -2069,7 +2070,7 @@ def test_toy_score_counts_what_a_perfect_and_a_spoilt_dictionary_recover():
 
     def table():
         found = report.compare(model, alive, dead_after=9)
-        return found.assign(confirmed=found.kind == "base-only")
+        return found.assign(confirmed=np.where(found.kind == "base-only", "base", ""))
 
     score = report.toy_score(toy, model, table())
     assert score.loc["shared"].tolist() == [192, 192, 0, 192, 0]
@@ -2090,7 +2091,7 @@ def test_a_latent_of_another_kind_recovers_no_feature_and_is_not_hidden_by_one_t
     model.W_dec.data.copy_(toy.directions)
     exclusive = toy.directions[192]  # the first of A alone
     model.W_dec.data[192] = exclusive[:1] * torch.tensor([[1.0], [0.5]])  # B has it too, if smaller
-    table = report.compare(model, torch.ones(256)).assign(confirmed=False)
+    table = report.compare(model, torch.ones(256)).assign(confirmed="")
     score = report.toy_score(toy, model, table)
     assert table.kind[192] == "uneven"
     assert score.loc["base-only"].tolist() == [32, 31, 0, 31, 0]
@@ -2142,7 +2143,7 @@ def test_a_fine_tuning_that_adds_a_direction_to_some_tokens_is_found_and_confirm
     assert 2 * (fires & planted).sum() / (fires.sum() + planted.sum()) > 0.9, "F1"
     nu_r, nu_epsilon = report.latent_scaling(model, store.held_out).loc[j.item()]
     assert nu_r < 0.5 and nu_epsilon < 0.2, "confirmed"
-    assert f"<td>{j}</td>" in Path("out/report.html").read_text()
+    assert j.item() in table_of(Path("out/report.html").read_text()).index
 
 
 def test_the_same_model_twice_has_no_exclusive_latents_and_no_difference(capsys):
@@ -2158,7 +2159,7 @@ def test_the_same_model_twice_has_no_exclusive_latents_and_no_difference(capsys)
         with capsys.disabled():
             print(f"\n{variant}:", said)
         assert "0 base-only, 0 fine-tuned-only, 0 confirmed" in said
-        assert "the models do not differ here\n" in shown
+        assert "The models do not differ here\n" in shown
     # dedicated latents so many that the shared ones do not suffice
     reported(*options, "--dedicated=0.4", "--out_dir=dedicated")
     said = re.search("([0-9]+) base-only, .*, ([0-9]+) confirmed", capsys.readouterr().out)
@@ -2186,15 +2187,16 @@ def test_the_report_shows_the_texts_of_a_store_escaped_and_is_made_again_without
     assert metrics("out") == [*rows, row, row] and row["step"] == 30
     assert pages[1] == pages[2] != by_train, "the same page when it is made again"
     for page in pages:
-        assert page.count('class="texts"') >= 20 and page.count("<svg") == 1
-        fetched = r"<script|<link|<img|@import|url\(['\"]?http|(?:src|href)=['\"]?http"
+        assert table_of(page).texts.str.startswith('<div class="texts">').all()
+        fetched = r"<script[^>]* src|<link|<img|@import|url\(['\"]?http| src=['\"]?http"
         assert not re.findall(fetched, page), "nothing is fetched"
         assert "&lt;script&gt;7" in page and "&lt;script&gt;</th>" in page
+        assert "<script>7" not in page
     for name in "AB":
         keys = ("ce_clean", "ce_spliced", "ce_zero", "loss_recovered")
         clean, spliced, zero, recovered = (row[f"val/{key}_{name}"] for key in keys)
         assert recovered == pytest.approx((zero - spliced) / (zero - clean))
-        assert f"<td>{recovered:.4g}</td>" in pages[1]
+        assert f"<td>{recovered:.3g}</td>" in pages[1]
     report.main(["--run=out"])
     assert Path("out/report.html").read_text() == by_train
     assert metrics("out") == [*rows, row, row]
@@ -2208,23 +2210,75 @@ def test_texts_are_the_five_whose_tokens_a_latent_fires_on_most_with_the_tokens_
     f = model.encode(torch.cat(list(store.held_out))).detach()
     doc, pos = [texts.rows[name].to_numpy()[store.val_rows] for name in ("doc", "pos")]
     often = (f > 0).sum(0).argsort(descending=True)[:3].tolist()
-    top = pd.DataFrame(index=often)
-    for j, shown in report.described(model, texts, top, [], {}, {}).texts.items():
+    shown_of = report.described(texts, report.active_rows(model, texts, often, {})).texts
+    for j, shown in shown_of.items():
         rows = [(-y, i) for i, y in enumerate(f[:, j].tolist()) if y > 0]
         best = {}
         for _, i in sorted(rows):
             best.setdefault(doc[i], pos[i])
-        lines = re.findall("<span.*?(?=<br>|</div>)", shown)
+        lines = re.sub("</?div[^>]*>", "", shown).split("<br>")
         assert len(lines) == min(5, len(best))
         for line, (of_doc, at) in zip(lines, list(best.items())):
-            ids = texts.docs[int(of_doc)]
-            tokens = re.findall(r"rgb\(255 140 0/([0-9.]+)\)\">(.*?)</span>", line)
+            ids = texts.doc(int(of_doc))
             around = range(max(0, at - 16), min(at + 9, len(ids)))
-            expected = [html_of(ids[i]) for i in around]
-            assert [token.strip() for _, token in tokens] == expected
-            shade = float(tokens[around.index(at)][0])
+            words = re.sub("<[^>]*>", "", line).split()
+            assert words == [html_of(ids[i]) for i in around]
+            shades = re.findall('<b style="--s:([0-9.]+)"> *(.*?)</b>', line)
             largest = f[doc == of_doc, j].max() / f[:, j].max()
-            assert shade == pytest.approx(largest.item(), abs=0.006)
+            assert (f"{largest:.2f}", html_of(ids[at])) in shades
+            in_doc = {p: y / f[:, j].max() for p, y in zip(pos[doc == of_doc], f[doc == of_doc, j])}
+            expected = [f"{in_doc[i]:.2f}" for i in around if in_doc.get(i, 0) > 0]
+            assert [shade for shade, _ in shades] == expected
+
+
+def test_texts_of_a_latent_are_had_in_python(pairs):
+    collect.collect(collect_config(pairs["gpt2"][0]))
+    model = reported("--data=acts", "--out_dir=out", "--steps=30", "--val_tokens=300")
+    store = train.Store(store_config(val_tokens=300))
+    f = model.encode(torch.cat(list(store.held_out))).detach()
+    j = (f > 0).sum(0).argmax().item()
+    found = report.texts_of("out", j, n=3)
+    assert len(found) == 3 and found.strength.iloc[0] == pytest.approx(f[:, j].max().item())
+    ids = load_from_disk("acts/docs")["input_ids"][int(found.doc.iloc[0])]
+    assert found.text.iloc[0].split() == [html.unescape(html_of(i)) for i in ids]
+    assert found.token.iloc[0].strip() == html_of(ids[found.pos.iloc[0]])
+
+
+def test_texts_to_splice_are_of_all_sources_alike_and_figures_are_given_for_each(loud):
+    shutil.rmtree("acts")
+    texts = [
+        json.loads(line)["text"]
+        for line in Path(f"{loud}/text.jsonl").read_text().split("\n")
+        if line
+    ]
+    rows = [dict(text=y, source="rare" if i % 8 == 0 else "usual") for i, y in enumerate(texts)]
+    Path("mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    collect.collect(collect_config(loud, text="mixed.jsonl", n_tokens=3000))
+    assert set(load_from_disk("acts/docs")["source"]) == {"rare", "usual"}
+    reported("--data=acts", "--out_dir=out", "--steps=30", "--val_tokens=900")
+    store = train.Store(store_config(val_tokens=900))
+    texts = report.Texts(store)
+    docs = texts.evenly(store.val_rows, 6)
+    source = texts.rows.drop_duplicates("doc").set_index("doc").source[docs]
+    assert sorted(source) == ["rare"] * 3 + ["usual"] * 3 and len(set(docs)) == 6
+    page = report.main(["--run=out", "--splice=True", "--n_texts=6"])
+    assert "<th>rare</th>" in page and "<th>usual</th>" in page and "CE of A" in page
+
+
+def test_the_spread_of_a_figure_is_that_of_a_bootstrap_over_texts():
+    rng = np.random.default_rng(0)
+    rows = []
+    for text in range(30):
+        kl = dict(clean_B=0.0, clean_A=1 + 0.3 * rng.standard_normal(), all_of_B=0.2)
+        for name, y in kl.items():
+            of_text = dict(text=text, source="a", name=name, l0=0, ce=0, kl=10 * y)
+            rows.append(of_text | dict(n_l0=10, n_ce=9, n_kl=10))
+    found = pd.DataFrame(rows)
+    curve, spread = report.curve_of(found), report.spread_of(found)
+    assert curve.recovered.all_of_B == 1 and spread.recovered.all_of_B == 0
+    kl = found.kl[found.name == "clean_A"] / 10
+    assert curve.kl.clean_A == pytest.approx(kl.mean())
+    assert spread.kl.clean_A == pytest.approx(kl.std() / 30**0.5, rel=0.2)
 
 
 def test_letters_of_several_tokens_are_shown_whole():
@@ -2233,12 +2287,10 @@ def test_letters_of_several_tokens_are_shown_whole():
     def decode(ids):
         return bytes(ids).decode(errors="replace")
 
-    shade = pd.Series({5: 1.0, 18: 0.5})
-    spans = re.findall(r"0/([0-9.]+)\)\">(.*?)</span>", report.snippet(ids, shade, decode))
-    assert "".join(text for _, text in spans) == "wie être, na", "half a letter is left out"
-    assert ("1.00", "ê") in spans
-    late = pd.Series({len(ids) - 1: 1.0})
-    shown = report.snippet(ids, late, decode)
+    shown = report.snippet(ids, 5, {5: 1.0, 13: 0.5}, decode)
+    assert re.sub("<.*?>", "", shown) == "wie être, na", "half a letter is left out"
+    assert '<b style="--s:1.00">ê</b>' in shown
+    shown = report.snippet(ids, len(ids) - 1, {len(ids) - 1: 1.0}, decode)
     assert ">你<" in shown and shown.count("\ufffd") <= 1, "one where it begins within a letter"
 
 
@@ -2252,9 +2304,9 @@ def test_of_several_sources_that_of_a_latents_strongest_rows_is_named_with_its_s
     rows = texts.rows.iloc[store.val_rows]
     of_b = np.array(load_from_disk("acts/docs")["source"])[rows.doc] == "b.jsonl"
     model = Says(lambda x: torch.tensor(of_b + 0.1)[:, None].float().expand(-1, 16))
-    top = pd.DataFrame(index=[0])
+    model.b_enc = torch.zeros(16)
     maps = dict(constant=(torch.zeros(16, 16), torch.ones(16)))
-    found = report.described(model, texts, top, [], maps, {})
+    found = report.described(texts, report.active_rows(model, texts, [0], maps))
     assert found.source[0] == f"b.jsonl 100% (of all {of_b.mean():.0%})"
     first, share = ("b", of_b.mean()) if of_b.mean() > 0.5 else ("a", 1 - of_b.mean())
     of_all = f"{first}.jsonl {share:.0%} (of all {share:.0%})"
@@ -2308,8 +2360,8 @@ def by_hooks(models, store, change):
     """
     texts = report.Texts(store)
     total, rise, n = 0, 0, 0
-    for doc in np.unique(texts.rows.doc[store.val_rows])[:16]:
-        ids = torch.tensor([texts.docs[int(doc)]])
+    for doc in texts.evenly(store.val_rows, 16):
+        ids = torch.tensor([texts.doc(int(doc))])
         kept = torch.tensor(texts.rows.pos[texts.rows.doc == doc].tolist())
         seen = []
 
@@ -2343,7 +2395,8 @@ def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud
     says.b_dec = torch.stack([torch.zeros(16), torch.linspace(-1, 1, 16)])
     maps, directions, _ = report.fit_baselines(says, store)
     sets = dict(one=[0], all=list(range(16)), none=[])
-    curve, promoted = report.splice_in(says, texts, models, 16, maps, directions, sets)
+    found, promoted = report.splice_in(says, texts, models, 16, maps, directions, sets)
+    curve = report.curve_of(found)
     W, b = maps["map"]
     V = directions[:, :5]
     constant = says.b_dec[1]
@@ -2454,15 +2507,14 @@ def test_the_list_the_verdict_and_the_curve_are_of_the_same_latents_in_one_order
     alive = model.since_fired <= checkpoint("out")["config"]["dead_after"]
     alive = alive.nonzero().flatten().tolist()
     assert sorted(table.index) == alive, "every one that is alive"
-    listed = [int(j) for j in re.findall(r"<td>(\d+)</td>\s*<td><div class=\"texts\">", page)]
-    assert listed[:20] == table.index[:20].tolist()
-    assert all(f"<td>{name}</td>" in page for name in ("constant", "rank_1", "map"))
+    assert table_of(page).index.tolist() == table.index.tolist()
+    assert all(f"<th>{name}</th>" in page for name in ("constant", "rank_1", "map"))
     share = {name: row[f"val/recovered_{name}"] for name in ("constant", "chosen_20", "map")}
-    assert f"constant {share['constant']:.0%}, one direction" in said
-    assert f"with the constant 20 latents {share['chosen_20']:.0%}, 100" in said
+    assert re.search(rf"constant {share['constant']:.0%} ± [0-9]+%, one direction", said)
+    assert re.search(rf"with the constant 20 latents {share['chosen_20']:.0%} ± [0-9]+%, 100", said)
     of_layer = 1 - row["val/kl_all_of_B"] / row["val/kl_clean_A"]
-    assert f"of which this layer {of_layer:.0%}. Of that" in said
-    assert "change recovered" in page and "random" in page, "the picture"
+    assert f"of which this layer {of_layer:.0%}\nOf that" in said
+    assert "KL recovered" in page and "random" in page, "the picture"
     sizes = [f"val/l0_chosen_{n}" for n in (1, 5, 20, 100, "all")]
     assert 0 < row[sizes[0]] < row[sizes[1]] < row[sizes[2]] <= row[sizes[3]] <= row[sizes[4]]
     for m in "AB":
@@ -2478,7 +2530,7 @@ def test_the_tokens_that_a_latent_promotes_are_those_that_adding_it_does(loud):
     change = torch.linspace(-3, 3, 16)
     rise = report.promoted_at(texts, row, models[0], change)
     base = AutoModelForCausalLM.from_pretrained("loud/base").eval()
-    ids = torch.tensor([texts.docs[row.doc]])
+    ids = torch.tensor([texts.doc(row.doc)])
     pos = row.pos
 
     def add(module, args, y):
@@ -2512,7 +2564,8 @@ def test_of_a_model_whose_later_blocks_read_what_earlier_ones_left_no_block_is_l
     texts = report.Texts(store)
     spliced = report.load_models(texts, "cpu")
     assert spliced[0].skipped == spliced[1].skipped == []
-    curve, _ = report.splice_in(Says(), texts, spliced, 16, {}, torch.eye(16), {})
+    found, _ = report.splice_in(Says(), texts, spliced, 16, {}, torch.eye(16), {})
+    curve = report.curve_of(found)
     assert curve.kl.all_of_B == pytest.approx(expected, rel=1e-4) and expected > 0.01
 
 
@@ -2551,9 +2604,9 @@ def test_of_the_same_model_twice_and_of_noise_no_share_is_printed_and_nothing_co
         said = capsys.readouterr().out
         assert "%" not in said and ", 0 confirmed" in said
         assert "of which this layer less than 0.01" in said
-        assert ("the models do not differ here; KL" in said) == (not noise)
+        assert ("The models do not differ here\n" in said) == (not noise)
         assert not any("recovered_c" in key for key in metrics(basis)[-1])
-        assert "-inf" not in page and "change recovered" not in page
+        assert "-inf" not in page and "What it takes" not in page
 
 
 def test_a_module_that_returns_a_tuple_is_spliced_into_and_n_texts_is_how_many(loud, monkeypatch):
@@ -2573,9 +2626,8 @@ def test_a_module_that_returns_a_tuple_is_spliced_into_and_n_texts_is_how_many(l
                 return real(model, ids, x)
 
             patch.setattr(report.Hooked, "logits", seen)
-            curves[n_texts], _ = report.splice_in(
-                Says(), texts, models, n_texts, {}, torch.eye(16), {}
-            )
+            found, _ = report.splice_in(Says(), texts, models, n_texts, {}, torch.eye(16), {})
+            curves[n_texts] = report.curve_of(found)
         assert len(set(seen_texts)) == n_texts
     assert curves[2].ce.zero_A != curves[2].ce.clean_A and curves[1].kl.all_of_B > 0
 
@@ -2598,7 +2650,7 @@ def test_tokens_are_shown_as_ids_where_the_tokenizer_is_not(pairs):
     change_meta(tokenizer="moved/away")
     reported("--data=acts", "--out_dir=out", "--steps=20", "--val_tokens=300")
     page = Path("out/report.html").read_text()
-    assert re.search(r'<span style="background: [^"]*"> [0-9]+</span>', page) and ">w1<" not in page
+    assert re.search(r"<b style=.{,20}>[ 0-9]+</b>", page) and ">w1<" not in page
 
 
 class Three(train.Toy):
@@ -2649,7 +2701,7 @@ def test_the_report_equals_that_of_the_end_of_training_also_where_the_run_was_mo
     reported("--steps=20", "--out_dir=out", "--d_hidden=96")
     files = {name: Path("out", name).read_bytes() for name in ("report.html", "report.svg")}
     shown = capsys.readouterr().out
-    said = shown[shown.index("of 96 latents") :]
+    said = shown[shown.index("Of 96 latents") :]
     for name in files:
         Path("out", name).unlink()
     metrics_before = Path("out/metrics.jsonl").read_bytes()
@@ -2811,7 +2863,7 @@ def test_texts_are_shown_as_they_are_by_a_tokenizer_that_cleans_up():
     options = dict(tokenizer_object=tokenizer, clean_up_tokenization_spaces=True)
     PreTrainedTokenizerFast(**options).save_pretrained("tokenizer")
     decode = report.find_decoder(types.SimpleNamespace(meta=dict(tokenizer="tokenizer")))
-    shown = report.snippet(list(range(6)), pd.Series({2: 1.0}), decode)
+    shown = report.snippet(list(range(6)), 2, {2: 1.0}, decode)
     assert html.unescape(re.sub("<[^>]*>", "", shown)) == "the 'self' is here"
 
 
@@ -2902,32 +2954,33 @@ def test_a_toys_report_needs_neither_transformers_nor_nnsight():
 
 
 def table_of(page):
-    """The page's first table, of latents, as a DataFrame of texts."""
-    rows = re.search("<table.*?</table>", page, re.DOTALL)[0].split("<tr")[1:]
-    cells = [re.findall("<t[hd].*?>(.*?)</t[hd]>", row) for row in rows]
-    return pd.DataFrame(cells[1:], columns=cells[0])
+    """The page's list of latents, a DataFrame."""
+    names = [name for name, y in report.COLUMNS.items() if page.count(html.escape(y)) > 1]
+    rows = json.loads(json.loads(re.search('"data_json": (".*?[^\\\\]"),?\n', page)[1]))
+    rows = [[y[0] if isinstance(y, list) else y for y in row] for row in rows]
+    return pd.DataFrame(rows, columns=names).set_index("latent")
 
 
-def test_the_list_has_the_first_twenty_and_forty_of_those_that_one_model_has_alone(monkeypatch):
-    model = reported("--steps=5", "--out_dir=out", "--d_hidden=96", "--val_tokens=1024")
+def test_every_latent_that_is_alive_is_listed_up_to_5000_and_all_of_one_model_alone(monkeypatch):
+    model = reported("--steps=5", "--out_dir=out", "--d_hidden=6000", "--val_tokens=1024")
     with torch.no_grad():
         model.W_dec[:50, 0] = 0
         model.W_dec[70:, 1] = 1.5 * model.W_dec[70:, 0]
         model.since_fired.zero_()
-    frequency = torch.full((96,), 0.5)
-    frequency[:50] = 0.01
+    frequency = torch.full((6000,), 0.5)
+    frequency[:50] = 0.0001
     real = train.validate
     monkeypatch.setattr(train, "validate", lambda *args: (real(*args)[0], frequency))
     config = train.read_checkpoint("out")["config"]
     page = report.report(model, train.Toy(config), config, metrics("out"))
     shown = table_of(page)
     every = pd.read_csv("out/latents.csv", index_col="latent")
-    assert len(every) == 96
-    assert shown.latent[:20].astype(int).tolist() == every.index[:20].tolist()
+    assert len(every) == 6000
+    assert shown.index[:5000].tolist() == every.index[:5000].tolist()
     of_b = every[every.kind == "fine-tuned-only"]
-    assert len(of_b) == 50 and (every.index[:20] > 49).all()
-    assert shown.latent[20:].astype(int).tolist() == of_b.index[:40].tolist()
-    assert every.nu_r.notna().all()
+    assert len(of_b) == 50 and (every.index[:5000] > 49).all()
+    confirmed = every.index[5000:][every.confirmed[5000:].notna()]
+    assert set(shown.index[5000:]) == set(of_b.index) | set(confirmed)
 
 
 def test_a_fine_tuned_model_that_is_the_base_is_spliced_into_without_a_warning(pairs, recwarn):
@@ -2973,7 +3026,7 @@ def test_confirmed_takes_both_nus_and_a_frequency_and_the_change_is_of_the_rows(
     model = reported("--steps=5", "--out_dir=out", "--d_hidden=96")
     a, b = Own(dict(batch_size=64)).held_out[0].unbind(1)
     size = (b - a).norm(dim=1).mean() / a.norm(dim=1).mean()
-    assert f"B - A is {size:.2g} of A" in capsys.readouterr().out
+    assert f"is {size:.2g} of A in size" in capsys.readouterr().out
 
     config = checkpoint("out")["config"] | dict(val_tokens=1024)
     data = Own(config)
@@ -2987,8 +3040,10 @@ def test_confirmed_takes_both_nus_and_a_frequency_and_the_change_is_of_the_rows(
     monkeypatch.setattr(train, "validate", lambda *given: (real(*given)[0], frequency))
     monkeypatch.setattr(report, "latent_scaling", lambda *given: nu)
     report.report(model, data, config, [])
-    confirmed = pd.read_csv("out/latents.csv", index_col="latent").confirmed
-    assert sorted(confirmed[~confirmed].index) == [0, 5, 6]
+    table = pd.read_csv("out/latents.csv", index_col="latent")
+    assert sorted(table.index[table.confirmed.isna()]) == [0, 5, 6]
+    is_of_b = table.confirmed.dropna() == "fine-tuned"
+    assert (is_of_b == (table.relative_norm[is_of_b.index] > 0.5)).all(), "of which model"
 
 
 def test_the_sets_that_are_put_in_are_the_first_of_the_order_and_others_at_random():
@@ -3011,12 +3066,13 @@ def test_reconstructions_are_put_in_and_cross_entropy_is_of_the_next_token(loud)
     store = train.Store(store_config(val_tokens=300))
     texts = report.Texts(store)
     models = report.load_models(texts, "cpu")
-    curve, _ = report.splice_in(Says(), texts, models, 3, {}, torch.eye(16), {})
+    found, _ = report.splice_in(Says(), texts, models, 3, {}, torch.eye(16), {})
+    curve = report.curve_of(found)
     base = AutoModelForCausalLM.from_pretrained(f"{loud}/base").eval()
     total = 0
     n = 0
-    for doc in np.unique(texts.rows.doc[store.val_rows])[:3].tolist():
-        ids = torch.tensor([texts.docs[doc]])
+    for doc in texts.evenly(store.val_rows, 3):
+        ids = torch.tensor([texts.doc(doc)])
         total += base(ids, labels=ids).loss.item() * (ids.numel() - 1)
         n += ids.numel() - 1
     assert curve.ce.clean_A == pytest.approx(total / n, rel=1e-4)
@@ -3030,9 +3086,11 @@ def test_each_row_of_the_list_has_the_tokens_that_it_promotes(loud):
     a, b = torch.cat(list(store.held_out)).float().unbind(1)
     maps = dict(map=(torch.eye(16), torch.zeros(16)))
     promoted = dict(map=models[0].model.lm_head.weight[:, 0])
-    top = pd.DataFrame(index=[3, 5])
     says = Says(lambda x: F.relu(x[:, 1] - x[:, 0]))  # a latent is never below 0
-    shown = report.described(says, texts, top, models, maps, promoted).promoted
+    says.b_enc = torch.zeros(16)
+    active = report.active_rows(says, texts, [3, 5], maps)
+    d_change = torch.eye(16)
+    shown = report.promoted_by(texts, active, models[0], ["map", 3, 5], promoted, d_change)
     decode = report.find_decoder(texts)
     for j in (3, 5):
         added = F.relu(b - a)[:, [j]] * torch.eye(16)[j]
@@ -3054,7 +3112,7 @@ def test_a_feature_is_recovered_by_a_latent_near_it_in_both_models_and_else_that
     a = toy.directions[192, 0]
     other = torch.randn_like(a)
     model.W_dec.data[192, 1] = other * a.norm() / other.norm()  # as large in B, elsewhere
-    table = report.compare(model, torch.ones(256)).assign(confirmed=False)
+    table = report.compare(model, torch.ones(256)).assign(confirmed="")
     score = report.toy_score(toy, model, table)
     assert score.loc["shared"].tolist() == [192, 192, 0, 193, 1]
     feature = toy.directions[0]

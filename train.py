@@ -121,9 +121,12 @@ def explain(what, kind=Exception):
 
 def read_command_line(argv, file):
     """Returns {key: text} for the --key=text in argv. --help prints `file` down to its config."""
-    if "--help" in argv:
+    if "--help" in argv or "-h" in argv:
         print(Path(file).read_text(encoding="utf-8").partition("\n)\n")[0])
         raise SystemExit(0)
+    for argument in argv:
+        if "=" not in argument:
+            fail(f"{argument}: write --{argument.lstrip('-')}=VALUE")
     parts = [argument.removeprefix("--").partition("=") for argument in argv]
     return {key: text for key, _, text in parts}
 
@@ -262,6 +265,9 @@ class Store:
             self.val_rows = np.flatnonzero(is_held_out)
             left = len(self.train_rows)
             assert left >= config["batch_size"], f"{left} of {n} rows are left to train on"
+            passes = config["steps"] * config["batch_size"] / left
+            if passes > 5:
+                print(f"{passes:.0f} passes over {left:,} rows: more rows would tell more")
 
     @functools.lru_cache(2)
     def shuffled(self, epoch):
@@ -725,10 +731,12 @@ def write_rows(out, rows, mode="a"):
 
 
 def log(out, rows, step, row, prefix=""):
-    """Adds a row of metrics to `rows`, metrics.jsonl and wandb, and prints its first numbers."""
+    """Adds a row of metrics to `rows`, metrics.jsonl and wandb, and prints it."""
     row = {prefix + key: float(y) for key, y in row.items() if np.isfinite(float(y))}
-    shown = [f"{key} {y:.4g}" for key, y in row.items()]
-    print(f"{step:7d} {'  '.join(shown[:8])}", flush=True)
+    first = "loss l0_loss explained_variance_A explained_variance_B explained_variance_difference"
+    first = [prefix + key for key in f"{first} dead_latents minutes_left".split()]
+    shown = {key: row[key] for key in first if key in row} | row
+    print(f"{step:7d}", *[f" {key} {y:.4g}" for key, y in shown.items()], flush=True)
     rows.append({"step": step} | row)
     write_rows(out, rows[-1:])
     wandb.log(row, step=step)
@@ -843,6 +851,7 @@ def train(config, state=None, data=None):
             row |= dict(lr=lr, l1_coeff=l1_coeff, grad_norm=grad_norm, threshold=model.threshold)
             rate = (tokens - logged_tokens) / (time.perf_counter() - logged_at)
             row |= dict(tokens=tokens, tokens_per_second=rate)
+            row["minutes_left"] = (steps - step) * size / rate / 60
             if rank == 0:
                 log(out, rows, step, row)
             logged_at = time.perf_counter()
