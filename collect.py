@@ -27,6 +27,7 @@ continues. Memory holds both models, at 4 bytes a weight (2 in bfloat16), and tw
 of shuffle_rows tokens. A token takes 4 bytes times d_model, in memory and on the disk.
 """
 
+import contextlib
 import fcntl
 import json
 import signal
@@ -120,23 +121,36 @@ def load(key, config, device):
     with explain(f"--{key}={name} cannot be loaded"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft uses what transformers deprecates
         warnings.filterwarnings("error", "Found missing adapter keys")
-        is_adapter = key == "finetuned" and has_file(name, "adapter_config.json")
-        whole = config["base"] if is_adapter else name
+        adapters = []
+        whole = name
+        while has_file(whole, "adapter_config.json"):  # it may be of a model that is one, too
+            assert whole not in adapters, f"{whole} is an adapter of itself"
+            adapters.insert(0, whole)
+            below = PeftConfig.from_pretrained(whole).base_model_name_or_path
+            is_first = whole == config["finetuned"]
+            whole = config["base"] if is_first else below
         of_model["output_loading_info"] = True
         model, found = AutoModelForCausalLM.from_pretrained(whole, **of_model)
         missing = found["missing_keys"]
         assert not missing, f"its weights are not those of its config: no {min(missing)}"
         for unused in sorted(found["unexpected_keys"])[:1]:
             print(f"--{key}={name} has weights that the model does not use: {unused}")
-        has_tokenizer = [has_file(name, f"tokenizer{end}.json") for end in ("", "_config")]
-        of_tokenizer = name if any(has_tokenizer) else config["base"]
+        for of_tokenizer in (name, config["base"], whole):
+            if any(has_file(of_tokenizer, f"tokenizer{end}.json") for end in ("", "_config")):
+                break
         tokenizer = AutoTokenizer.from_pretrained(of_tokenizer, **options)
-        if is_adapter:
+        if adapters:
             if len(tokenizer) > len(model.get_input_embeddings().weight):
                 model.resize_token_embeddings(len(tokenizer))
             head = model.get_output_embeddings()  # the embedding's weights, too, if they are tied
             head.weight = nn.Parameter(head.weight.clone())
-            model = PeftModel.from_pretrained(model, name).merge_and_unload()
+        for adapter in adapters:
+            adapted = PeftModel.from_pretrained(model, adapter)
+            kind = adapted.peft_config["default"]
+            is_copied = getattr(kind, "layer_replication", None)
+            can_merge = hasattr(adapted, "merge_and_unload") and not is_copied
+            assert can_merge, f"an adapter of kind {kind.peft_type.value} that cannot be merged"
+            model = adapted.merge_and_unload()
     return model.eval(), tokenizer
 
 
@@ -229,7 +243,8 @@ def read_source(name, config, tokenizer, dropped):
     """Yields the docs of one source: its texts, in pieces of up to seq_len tokens. Each piece
     begins as the tokenizer begins a text, with BOS for example.
     """
-    begin = [i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id]
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    begin = [i for i in tokenizer("")["input_ids"] if i not in ends]
     begin = begin or [tokenizer.bos_token_id]
     file = Path(name).name if Path(name).exists() else name
     for number, row in enumerate(read_rows(name, config)):
@@ -239,12 +254,15 @@ def read_source(name, config, tokenizer, dropped):
         if column not in row:
             fail(f"{where} has no {column}, but {', '.join(row)}: give a --text_column")
         text = row[column]
+        if column != "text" and isinstance(text, str) and text.lstrip().startswith("[{"):
+            with contextlib.suppress(ValueError):
+                text = json.loads(text)
         if not text:
             dropped["empty_text"] += 1
             continue
         has_begin = isinstance(text, list)  # chat templates write BOS themselves
         try:
-            text = text if isinstance(text, str) else render(text, tokenizer)
+            text = text if isinstance(text, str) else render(text, tokenizer, row.get("tools"))
         except Exception as e:  # whatever a template raises
             dropped["refused_row"] += 1
             message = f"{where} is left out: {' '.join(str(e).split())[:300]}"
@@ -266,14 +284,21 @@ def read_source(name, config, tokenizer, dropped):
             yield str(row.get("source") or file), number, ids[:n] + ids[start : start + step]
 
 
-def render(chat, tokenizer):
+def without_none(y):
+    """Returns nested lists and dicts without the nulls by which Arrow fills up its structs."""
+    if isinstance(y, dict):
+        return {key: without_none(value) for key, value in y.items() if value is not None}
+    return [without_none(value) for value in y] if isinstance(y, list) else y
+
+
+def render(chat, tokenizer, tools=None):
     """Returns the text of a chat, a list of turns with role and content, or with from and value, as
     ShareGPT has. Raises an error if the template does, or if it leaves a turn out.
     """
     assert isinstance(chat, list), f"neither a text nor messages: {chat!r:.50}"
     turns = []
     for turn in chat:
-        turn = {key: y for key, y in turn.items() if y is not None}
+        turn = without_none(turn)
         role = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
         if isinstance(content, list):  # parts
@@ -283,11 +308,19 @@ def render(chat, tokenizer):
         assert isinstance(content, str), f"a turn has no content: {turn}"
         role = dict(human="user", gpt="assistant", bot="assistant").get(role, role)
         turns.append(turn | dict(role=role, content=content))
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    tools = without_none(json.loads(tools) if isinstance(tools, str) else tools) or None
+    text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+    wants_parts = "'type'" in str(tokenizer.chat_template)
+    if wants_parts and not any(t["content"].strip()[-30:] in text for t in turns if t["content"]):
+        parts = [t | dict(content=[dict(type="text", text=t["content"])]) for t in turns]
+        text = tokenizer.apply_chat_template(parts, tools=tools, tokenize=False)
     for turn in turns:
         end = turn["content"].strip()[-30:]  # reasoning before it may be left out
         is_shown = end in text or turn["role"] in ("system", "tool")
         assert is_shown, f"the chat template leaves out what {turn['role']} says"
+        for call in turn.get("tool_calls", []):
+            name = call.get("function", call).get("name", "")
+            assert name in text, f"the chat template leaves out the call of {name}"
     return text
 
 
@@ -298,18 +331,19 @@ def read_rows(name, config):
     path = Path(name)
     options = dict(path=name, split=config["split"], streaming=True)
     kinds = dict(txt="text", csv="csv", tsv="csv", parquet="parquet", arrow="arrow")
+    kinds |= dict(json="json", jsonl="json")
     if path.is_file():
-        suffix = [y for y in name.lower().split(".") if y in kinds]  # .zst may come after it
+        suffix = [y for y in path.name.lower().split(".") if y in kinds]  # .zst may come after it
         kind = kinds[suffix[-1]] if suffix else "json"
         options |= dict(path=kind, data_files=name, split="train")
-        if suffix == ["tsv"]:
+        if suffix[-1:] == ["tsv"]:
             options["sep"] = "\t"
     elif not path.exists():
         options["path"], _, options["name"] = name.partition(":")
     set_verbosity(CRITICAL)  # a damaged file gets one line from `explain`
     with explain(f"--text={name} cannot be read"):
         if (path / "state.json").exists():
-            rows = load_from_disk(name)
+            rows = load_from_disk(name).with_format(None)
             rows = rows.to_iterable_dataset(num_shards=min(1000, len(rows)))
         else:
             of_files = [options["path"], options.get("name") or None]
@@ -353,7 +387,12 @@ class Harvest:
         if len(self.hooks) > 2:
             self.places = [f"{name}_{i}" for i in layers_of(config) for name in self.places]
 
-        positions = [getattr(m.config, "max_position_embeddings", 10**9) for m in (base, finetuned)]
+        texts = [m.config.get_text_config() for m in (base, finetuned)]
+        positions = [getattr(y, "max_position_embeddings", 10**9) for y in texts]
+        for y in texts:  # longrope turns all texts of a batch as its longest needs
+            rope = getattr(y, "rope_parameters", None) or {}
+            if rope.get("rope_type") == "longrope":
+                positions.append(rope["original_max_position_embeddings"])
         seq_len = min(config["seq_len"], *positions)
         n_embeddings = [len(m.get_input_embeddings().weight) for m in (base, finetuned)]
         self.config = config | dict(seq_len=seq_len, n_embeddings=min(n_embeddings))
@@ -378,9 +417,11 @@ class Harvest:
         self.largest_norm = self.divided_by = torch.inf
         docs = self.read()
         while shard := take_docs(docs, 4096):
-            rows, _ = self.run(shard)
+            rows, lost = self.run(shard)
             if len(rows["raw"]):
                 break
+            if lost["over_float16"]:
+                fail(f"activations are not finite: another --dtype than {config['dtype']}?")
         else:
             fail(f"--text={config['text']}: no token of its texts is left; dropped: {self.empty}")
         median = rows["norm"].median(dim=0).values  # [model]
@@ -423,7 +464,7 @@ class Harvest:
                 special_token=special,
                 skipped_position=pos < self.config["skip_positions"],
                 outlier_norm=(norm > self.largest_norm).any(-1),
-                over_float16=~(norm <= 65504 * self.divided_by).all(-1),  # nan is, too
+                over_float16=~((norm <= 65504 * self.divided_by) & norm.isfinite()).all(-1),
             )
             for reason, drop in reasons.items():
                 dropped[reason] += (keep & drop).sum().item()

@@ -415,6 +415,7 @@ STYLE = """:root { color-scheme: light dark; font: 14px/1.45 system-ui } h1 { fo
 body { max-width: 96em; margin: 1.5em auto; padding: 0 1em } .wide, .svg { overflow-x: auto }
 .svg svg, td, th { fill: currentColor; font-size: 12px } p { margin: .3em 0; max-width: 60em }
 td, th { vertical-align: top; padding: 2px 5px !important; text-align: right }
+.dt-container, #latents, #latents td { background: none !important; color: inherit !important }
 #latents th { white-space: normal; max-width: 5.5em } #latents { font-size: 12px }
 .texts { text-align: left; white-space: pre-wrap; width: 36em; max-width: 80vw }
 .texts b { font-weight: normal; color: light-dark(black, white) }
@@ -680,6 +681,10 @@ def pictures(table, rows, curve, path):
     return svg[svg.index("<svg") :]
 
 
+def to_html(table, **options):
+    return table.to_html(border=0, na_rep="", float_format="{:.3g}".format, **options)
+
+
 def page_of(said, tables, svg, latents, run):
     """Returns the page, a file that fetches nothing. `tables` are HTML, by their titles."""
     options = dict(connected=False, maxBytes=0, allow_html=True, table_id="latents", order=[])
@@ -704,7 +709,7 @@ def page_of(said, tables, svg, latents, run):
 <details><summary>What the columns mean</summary><dl>{glossary}</dl><p>Latent scaling: arXiv
 2504.02922. Attribution patching: arXiv 2310.10348. Crosscoders:
 transformer-circuits.pub/2024/crosscoders.</p></details>
-<details><summary>The run</summary>{run.to_frame("").to_html(border=0)}</details>"""
+<details><summary>The run</summary>{to_html(run.to_frame(""))}</details>"""
 
 
 def report(model, data, config, rows, splice=False, n_texts=16):
@@ -767,7 +772,7 @@ def report(model, data, config, rows, splice=False, n_texts=16):
         by_source = by_group(sizes, of_rows.source)
         names = ["1 to 3", "4 to 10", "11 to 20", "21 to 50", "later"]
         position = pd.cut(of_rows.pos, [-1, 3, 10, 20, 50, 10**9], labels=names)
-        tables["By position in the text"] = by_group(sizes, position).to_html(border=0)
+        tables["By position in the text"] = to_html(by_group(sizes, position))
         active = active_rows(model, texts, first, maps)
         shown = described(texts, active)
         if models:
@@ -778,7 +783,7 @@ def report(model, data, config, rows, splice=False, n_texts=16):
         table = table.join(shown[["opening", "position"]])
         if promoted:
             baselines = shown.reindex(maps)[["texts", "promoted"]].dropna()
-            tables["Baselines"] = baselines.to_html(border=0, escape=False)
+            tables["Baselines"] = to_html(baselines, escape=False)
             shown.promoted = shown.promoted.fillna("")
         latents = latents.join(shown)
     said = verdict(len(frequency), table, row, by_source, found, curve, spread)
@@ -792,10 +797,10 @@ def report(model, data, config, rows, splice=False, n_texts=16):
         for name in ("constant", "chosen_20", "chosen_all"):
             if "recovered" in figures:
                 by_source.loc[source, f"{name} recovers"] = figures.recovered[name]
-    tables["By source"] = by_source.to_html(border=0, na_rep="")
+    tables["By source"] = to_html(by_source)
     if "recovered" in curve:
         tables["What it takes to recover that"] = bars(curve, spread)
-        tables["All patches"] = curve.join(spread.add_suffix(" ±")).to_html(border=0)
+        tables["All patches"] = to_html(curve.join(spread.add_suffix(" ±")))
     run = pd.json_normalize(config | dict(store=texts.meta, val=row), sep="/").iloc[0]
     run = run.drop(["resume", "trust_remote_code"], errors="ignore")
     svg = pictures(table, rows, curve, out / "report.svg")

@@ -1496,16 +1496,15 @@ def turns_of(kind, *texts):
     return made
 
 
-CHAT = (
-    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<s> {{ m.content }} {% endif %}"
-)
+CHAT = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}"
+CHAT += "<s> {{ m.content }} {% endif %}{% endfor %}"
 
 
 @pytest.mark.parametrize("kind", ["messages", "names", "sharegpt", "parts"])
 def test_chats_of_every_form_are_rendered_alike(pairs, kind):
     folder, _ = pairs["llama"]
     tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
-    tokenizer.chat_template = CHAT + "{% endfor %}"
+    tokenizer.chat_template = CHAT
     column = "conversations" if kind == "sharegpt" else "messages"
     rows = [{column: turns_of(kind, "w1 w2", "w3")}, {column: turns_of(kind, "w4", "w5", "w6")}]
     Path("chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -1531,7 +1530,7 @@ def test_a_chat_that_cannot_be_rendered_whole_is_left_out_counted_and_said(
     rows = [good] * 300 + [dict(messages=[turn])]
     Path("chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
-    tokenizer.chat_template = CHAT + "{% endfor %}"
+    tokenizer.chat_template = CHAT
     dropped = collect.Counter()
     config = collect_config(folder, text="chat.jsonl")
     docs = list(collect.read_docs(config, tokenizer, dropped))
@@ -1542,6 +1541,115 @@ def test_a_chat_that_cannot_be_rendered_whole_is_left_out_counted_and_said(
     if dropped["refused_row"]:
         with pytest.raises(SystemExit):
             list(collect.read_docs(config, tokenizer, dropped))
+
+
+TOOLS = "{% for t in tools or [] %}<pad> {{ t.name }} {% endfor %}{% for m in messages %}<s> "
+TOOLS += "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }} "
+TOOLS += "{% for k in c.function.arguments %}{{ k }} {% endfor %}{% endfor %}{% endfor %}"
+
+
+def test_tools_are_passed_to_the_template_and_their_calls_without_the_nulls_of_other_rows(pairs):
+    folder, _ = pairs["llama"]
+    tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
+    rows = []
+    for argument in ("w5", "w6"):
+        call = dict(function=dict(name="w4", arguments={argument: "x"}))
+        turns = [dict(role="user", content="w1 "), dict(role="assistant", tool_calls=[call])]
+        rows.append(dict(messages=turns, tools=[dict(name="w3")]))
+    Dataset.from_list(rows).to_parquet("calls.parquet")
+    config = collect_config(folder, text="calls.parquet")
+    tokenizer.chat_template = TOOLS
+    found = sorted(ids for _, _, ids in collect.read_docs(config, tokenizer, {}))
+    assert found == [[0, 6, 1, 4, 1, 7, 8], [0, 6, 1, 4, 1, 7, 9]]
+    tokenizer.chat_template = CHAT
+    dropped = collect.Counter()
+    assert not list(collect.read_docs(config, tokenizer, dropped)), "the calls are not shown"
+    assert dropped["refused_row"] == 2
+
+
+def test_messages_written_as_json_and_files_with_two_suffixes_are_read_as_what_they_are(pairs):
+    folder, _ = pairs["llama"]
+    tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
+    tokenizer.chat_template = CHAT
+    turns = json.dumps(turns_of("messages", "w1 w2", "w3"))
+    Dataset.from_dict(dict(messages=[turns])).to_parquet("chat.parquet")
+    Path("chat.csv.jsonl").write_text(json.dumps(dict(messages=turns)))
+    Dataset.from_dict(dict(messages=[turns])).with_format("numpy").save_to_disk("saved")
+    for name in ("chat.parquet", "chat.csv.jsonl", "saved"):
+        config = collect_config(folder, text=name)
+        (doc,) = collect.read_docs(config, tokenizer, {})
+        assert doc[2] == [1, 4, 5, 1, 6], name
+
+
+def test_a_template_that_takes_content_in_parts_gets_parts(pairs):
+    folder, _ = pairs["llama"]
+    tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{% if part['type'] == 'text' %}"
+        "<s> {{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    )
+    Path("chat.jsonl").write_text(json.dumps(dict(messages=turns_of("messages", "w1", "w2"))))
+    (doc,) = collect.read_docs(collect_config(folder, text="chat.jsonl"), tokenizer, {})
+    assert doc[2] == [1, 4, 1, 5]
+
+
+def test_an_adapter_on_an_adapter_is_merged_after_it_and_one_that_cannot_be_is_refused(
+    pairs, capsys
+):
+    folder, _ = pairs["llama"]
+    config = collect_config(folder)
+    expected = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    below = f"{folder}/base"
+    for name in ("sft", "dpo"):
+        options = dict(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        expected = peft.get_peft_model(expected, peft.LoraConfig(**options))
+        expected.peft_config["default"].base_model_name_or_path = below
+        expected.save_pretrained(name)
+        expected = expected.merge_and_unload()
+        below = name
+    for base in ("sft", ""):
+        given = collect.with_base(config | dict(base=base, finetuned="dpo"))
+        found, _ = collect.load("finetuned", given, "cpu")
+        for key, y in expected.state_dict().items():
+            torch.testing.assert_close(found.state_dict()[key], y)
+    base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    peft.get_peft_model(base, prefix).save_pretrained("prefix")
+    given = config | dict(finetuned="prefix")
+    assert "PREFIX_TUNING that cannot be merged" in error_of(
+        capsys, collect.load, "finetuned", given, "cpu"
+    )
+
+
+def test_models_whose_activations_are_not_finite_are_refused_in_one_line(pairs, capfd):
+    folder, _ = pairs["llama"]
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    model.model.layers[0].mlp.down_proj.weight.data[:] = np.nan
+    model.save_pretrained("broken")
+    copy_tokenizer(f"{folder}/finetuned", "broken")
+    with pytest.raises(SystemExit):
+        collect.collect(collect_config(folder, finetuned="broken"))
+    assert "activations are not finite" in capfd.readouterr().err
+
+
+def test_pieces_are_as_short_as_the_text_model_and_longrope_ask(pairs):
+    folder, _ = pairs["llama"]
+    config = LlamaConfig.from_pretrained(f"{folder}/base")
+    n = config.hidden_size // config.num_attention_heads // 2
+    config.rope_parameters = dict(
+        rope_type="longrope",
+        rope_theta=1e4,
+        factor=2.0,
+        original_max_position_embeddings=24,
+        short_factor=[1.0] * n,
+        long_factor=[2.0] * n,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained("long")
+    copy_tokenizer(f"{folder}/base", "long")
+    Path("long.txt").write_text(" ".join(f"w{i % 60}" for i in range(200)))
+    given = dict(base="long", finetuned="long", text="long.txt", n_tokens=100)
+    collect.collect(collect_config(folder, **given))
+    assert max(map(len, load_from_disk("acts/docs")["input_ids"])) == 24
 
 
 def test_every_piece_of_a_text_begins_with_one_bos_however_it_was_made(pairs):
