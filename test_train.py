@@ -2339,6 +2339,73 @@ def test_texts_are_the_five_whose_tokens_a_latent_fires_on_most_with_the_tokens_
             assert [shade for shade, _ in shades] == expected
 
 
+IN_BROWSER = """<script>
+const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+const first = (i) => [...document.querySelectorAll('#latents tbody tr')].map(
+    (row) => row.children[i].textContent);
+(async () => {
+    await wait(3000);
+    const found = {shown: first(0), texts: first(1)};
+    const box = document.querySelector('.dt-search input');
+    const search = async (word) => {
+        box.value = word;
+        box.dispatchEvent(new Event('input', {bubbles: true}));
+        await wait(1000);
+        return [document.querySelector('.dt-info').textContent, first(1)];
+    };
+    found.word = await search('w7');
+    found.not_opening = await search('!opening');
+    found.opening = await search('opening');
+    await search('');
+    const head = [...document.querySelectorAll('#latents thead th')].find(
+        (th) => th.textContent.includes('frequency'));
+    head.click();
+    await wait(500);
+    const i = [...head.parentNode.children].indexOf(head);
+    found.sorted = first(i).map(Number);
+    found.requests = performance.getEntriesByType('resource').map((y) => y.name);
+    found.scripts = document.querySelectorAll('#latents script').length;
+    found.title = head.querySelector('span').title;
+    document.body.innerHTML = '<pre id="found"></pre>';
+    document.getElementById('found').textContent = JSON.stringify(found);
+})();
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no browser")
+def test_in_a_browser_the_page_lists_searches_and_sorts_every_latent_and_fetches_nothing(pairs):
+    folder = pairs["gpt2"][0]
+    collect.collect(collect_config(folder, n_tokens=6000))
+    Path("evil").mkdir()
+    copy_tokenizer(f"{folder}/finetuned", "evil")
+    path = Path("evil/tokenizer.json")
+    path.write_text(path.read_text().replace('"w8"', '"<script>8</script>"'))
+    change_meta(tokenizer="evil")
+    reported("--data=acts", "--out_dir=out", "--steps=60", "--val_tokens=1000", "--d_hidden=96")
+    page = Path("out/report.html").read_text()
+    table = table_of(page)
+    Path("page.html").write_text(page + IN_BROWSER)
+    command = "chromium --headless --no-sandbox --disable-gpu --virtual-time-budget=30000"
+    command += " --host-resolver-rules=MAP*~NOTFOUND --enable-logging=stderr --dump-dom"
+    where = Path("page.html").absolute().as_uri()
+    done = subprocess.run([*command.split(), where], capture_output=True, text=True, timeout=100)
+    assert "CONSOLE" not in done.stderr
+    found = re.search('<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1]
+    found = json.loads(html.unescape(found))
+    assert found["shown"] == [str(j) for j in table.index[:20]]
+    words = table.texts.map(lambda y: html.unescape(re.sub("<[^>]*>", "", y)))
+    n_with = words.str.contains("w7", case=False).sum()
+    assert f" of {n_with} entries" in found["word"][0]
+    assert all("w7" in y for y in found["word"][1])
+    n_openings = (table.opening == "opening").sum()
+    assert f" of {len(table) - n_openings} entries" in found["not_opening"][0]
+    assert found["sorted"] == sorted(found["sorted"]) and len(set(found["sorted"])) > 1
+    assert not found["requests"] and not found["scripts"]
+    assert any("<script>8</script>" in y for y in words), "as text"
+    assert "share of held-out rows" in found["title"]
+
+
 def test_texts_of_a_latent_are_had_in_python(pairs):
     collect.collect(collect_config(pairs["gpt2"][0]))
     model = reported("--data=acts", "--out_dir=out", "--steps=30", "--val_tokens=300")
