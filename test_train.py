@@ -2365,7 +2365,7 @@ const first = (i) => [...document.querySelectorAll('#latents tbody tr')].map(
     found.sorted = first(i).map(Number);
     found.requests = performance.getEntriesByType('resource').map((y) => y.name);
     found.scripts = document.querySelectorAll('#latents script').length;
-    found.title = head.querySelector('span').title;
+    found.title = head.querySelector('[title]').title;
     document.body.innerHTML = '<pre id="found"></pre>';
     document.getElementById('found').textContent = JSON.stringify(found);
 })();
