@@ -27,7 +27,6 @@ continues. Memory holds both models, at 4 bytes a weight (2 in bfloat16), and tw
 of shuffle_rows tokens. A token takes 4 bytes times d_model, in memory and on the disk.
 """
 
-import contextlib
 import fcntl
 import json
 import signal
@@ -127,8 +126,9 @@ def load(key, config, device):
             assert whole not in adapters, f"{whole} is an adapter of itself"
             adapters.insert(0, whole)
             below = PeftConfig.from_pretrained(whole).base_model_name_or_path
-            is_first = whole == config["finetuned"]
-            whole = config["base"] if is_first else below
+            if whole == config["finetuned"]:
+                below = config["base"]
+            whole = below
         of_model["output_loading_info"] = True
         model, found = AutoModelForCausalLM.from_pretrained(whole, **of_model)
         missing = found["missing_keys"]
@@ -168,8 +168,9 @@ def find_hooks(model, config):
     hooks = [config["hook"]]
     if not config["hook"]:
         of_text = set(model.get_decoder().modules())  # without a vision tower
-        lists = [path for path, y in modules.items() if isinstance(y, nn.ModuleList)]
-        lists = [path for path in lists if modules[path] in of_text] or lists
+        lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList)]
+        in_text = [path for path in lists if modules[path] in of_text]
+        lists = in_text or lists
         if not lists:
             fail("the model has no list of blocks: give a module's path by --hook")
         blocks = max(lists, key=lambda path: sum(p.numel() for p in modules[path].parameters()))
@@ -225,7 +226,8 @@ def read_docs(config, tokenizer, dropped):
     what = f"--text={','.join(names)} --text_share={given}: expected each once, shares over 0"
     with explain(what, ValueError):
         share = dict(zip(names, map(float, given.split(",")), strict=True))
-    if len(share) < len(names) or "" in share or not all(0 < y < np.inf for y in share.values()):
+    are_shares = all(0 < y < np.inf for y in share.values())
+    if len(share) < len(names) or "" in share or not are_shares:
         fail(what)
     sources = {name: read_source(name, config, tokenizer, dropped) for name in names}
     taken = dict.fromkeys(names, 0)  # tokens so far, divided by the share
@@ -250,19 +252,23 @@ def read_source(name, config, tokenizer, dropped):
     for number, row in enumerate(read_rows(name, config)):
         where = f"--text={name}: the row {str(row)[:80]}"
         usual = ("text", "messages", "conversations")
-        column = config["text_column"] or max(usual, key=lambda c: (bool(row.get(c)), c in row))
+        filled = [column for column in usual if row.get(column)]
+        there = [column for column in usual if column in row]
+        column = (filled + there + ["text"])[0]
+        if config["text_column"]:
+            column = config["text_column"]
         if column not in row:
             fail(f"{where} has no {column}, but {', '.join(row)}: give a --text_column")
         text = row[column]
-        if column != "text" and isinstance(text, str) and text.lstrip().startswith("[{"):
-            with contextlib.suppress(ValueError):
-                text = json.loads(text)
         if not text:
             dropped["empty_text"] += 1
             continue
-        has_begin = isinstance(text, list)  # chat templates write BOS themselves
         try:
-            text = text if isinstance(text, str) else render(text, tokenizer, row.get("tools"))
+            if column in ("messages", "conversations") and isinstance(text, str):
+                text = json.loads(text)
+            has_begin = isinstance(text, list)  # chat templates write BOS themselves
+            if not isinstance(text, str):
+                text = render(text, tokenizer, row.get("tools"))
         except Exception as e:  # whatever a template raises
             dropped["refused_row"] += 1
             message = f"{where} is left out: {' '.join(str(e).split())[:300]}"
@@ -284,11 +290,13 @@ def read_source(name, config, tokenizer, dropped):
             yield str(row.get("source") or file), number, ids[:n] + ids[start : start + step]
 
 
-def without_none(y):
-    """Returns nested lists and dicts without the nulls by which Arrow fills up its structs."""
+def without_nulls(y):
+    """Returns nested lists and dicts without the nulls with which Arrow fills up missing keys."""
     if isinstance(y, dict):
-        return {key: without_none(value) for key, value in y.items() if value is not None}
-    return [without_none(value) for value in y] if isinstance(y, list) else y
+        return {key: without_nulls(value) for key, value in y.items() if value is not None}
+    if isinstance(y, list):
+        return [without_nulls(value) for value in y]
+    return y
 
 
 def render(chat, tokenizer, tools=None):
@@ -296,32 +304,39 @@ def render(chat, tokenizer, tools=None):
     ShareGPT has. Raises an error if the template does, or if it leaves a turn out.
     """
     assert isinstance(chat, list), f"neither a text nor messages: {chat!r:.50}"
+    if isinstance(tools, str):
+        tools = json.loads(tools)
     turns = []
-    for turn in chat:
-        turn = without_none(turn)
+    in_parts = []  # the same turns, as some templates take them
+    for turn in without_nulls(chat):
         role = turn.get("role", turn.get("from"))
+        role = dict(human="user", gpt="assistant", bot="assistant").get(role, role)
         content = turn.get("content", turn.get("value"))
-        if isinstance(content, list):  # parts
+        if isinstance(content, list):
             content = "".join(part["text"] for part in content if part["type"] == "text")
         if content is None and "tool_calls" in turn:
             content = ""
         assert isinstance(content, str), f"a turn has no content: {turn}"
-        role = dict(human="user", gpt="assistant", bot="assistant").get(role, role)
         turns.append(turn | dict(role=role, content=content))
-    tools = without_none(json.loads(tools) if isinstance(tools, str) else tools) or None
-    text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
-    wants_parts = "'type'" in str(tokenizer.chat_template)
-    if wants_parts and not any(t["content"].strip()[-30:] in text for t in turns if t["content"]):
-        parts = [t | dict(content=[dict(type="text", text=t["content"])]) for t in turns]
-        text = tokenizer.apply_chat_template(parts, tools=tools, tokenize=False)
-    for turn in turns:
-        end = turn["content"].strip()[-30:]  # reasoning before it may be left out
-        is_shown = end in text or turn["role"] in ("system", "tool")
-        assert is_shown, f"the chat template leaves out what {turn['role']} says"
-        for call in turn.get("tool_calls", []):
-            name = call.get("function", call).get("name", "")
-            assert name in text, f"the chat template leaves out the call of {name}"
-    return text
+        in_parts.append(turns[-1] | dict(content=[dict(type="text", text=content)]))
+    forms = [turns]
+    if "'type'" in str(tokenizer.chat_template):
+        forms.append(in_parts)
+    for form in forms:
+        options = dict(tools=without_nulls(tools) or None, tokenize=False)
+        text = tokenizer.apply_chat_template(form, **options)
+        missing = [turn for turn in turns if not is_shown(turn, text)]
+        if not missing:
+            return text
+    raise ValueError(f"the chat template leaves out what {missing[0]['role']} says")
+
+
+def is_shown(turn, text):
+    """True if a turn's end, and the names of its calls, are in the text of the chat."""
+    words = [call.get("function", call)["name"] for call in turn.get("tool_calls", [])]
+    if turn["role"] not in ("system", "tool"):  # templates may rewrite these
+        words.append(turn["content"].strip()[-30:])  # reasoning before it may be left out
+    return all(word in text for word in words)
 
 
 def read_rows(name, config):
@@ -346,8 +361,8 @@ def read_rows(name, config):
             rows = load_from_disk(name).with_format(None)
             rows = rows.to_iterable_dataset(num_shards=min(1000, len(rows)))
         else:
-            of_files = [options["path"], options.get("name") or None]
-            builder = load_dataset_builder(*of_files, data_files=options.get("data_files"))
+            of_builder = {key: options.get(key) or None for key in ("path", "name", "data_files")}
+            builder = load_dataset_builder(**of_builder)
             if builder.__module__.endswith(".text"):  # also in a folder
                 options["sample_by"] = "paragraph"
             rows = load_dataset(**options)
@@ -382,7 +397,8 @@ class Harvest:
         base, tokenizer_of_base = load("base", config, device)
         finetuned, self.tokenizer = load("finetuned", config, other)
         self.models = [(NNsight(m), find_hooks(m, config)) for m in (base, finetuned)]
-        self.hooks = [hook for hooks in zip(*[h for _, h in self.models]) for hook in hooks]
+        of_models = [hooks for _, hooks in self.models]
+        self.hooks = [hook for hooks in zip(*of_models) for hook in hooks]  # by place
         self.places = ["base", "finetuned"]
         if len(self.hooks) > 2:
             self.places = [f"{name}_{i}" for i in layers_of(config) for name in self.places]
@@ -393,7 +409,7 @@ class Harvest:
             rope = getattr(y, "rope_parameters", None) or {}
             if rope.get("rope_type") == "longrope":
                 positions.append(rope["original_max_position_embeddings"])
-        seq_len = min(config["seq_len"], *positions)
+        seq_len = min([config["seq_len"]] + positions)
         n_embeddings = [len(m.get_input_embeddings().weight) for m in (base, finetuned)]
         self.config = config | dict(seq_len=seq_len, n_embeddings=min(n_embeddings))
         of_models = base.get_memory_footprint() + finetuned.get_memory_footprint()
@@ -427,7 +443,8 @@ class Harvest:
         median = rows["norm"].median(dim=0).values  # [model]
         self.largest_norm = config["max_norm_ratio"] * median.to(self.models[0][0].device)
         largest = min(config["max_norm_ratio"], 1000) * median.max().item()
-        self.divided_by = 2.0 ** max(0, int(np.ceil(np.log2(largest / 65504))))
+        doublings = int(np.ceil(np.log2(largest / 65504)))
+        self.divided_by = 2.0 ** max(0, doublings)
         self.no_rows = {name: column[:0] for name, column in rows.items()}
         self.d_model = rows["raw"].shape[2]
 
@@ -455,7 +472,9 @@ class Harvest:
             keep = pos < length[batch].to(device)[:, None]  # [batch, position], without padding
             of_models = [activations(*pair, ids, keep.long()) for pair in self.models]
             places = [raw.to(device) for raws in zip(*of_models) for raw in raws]
-            norm = torch.stack([raw.norm(dim=-1, dtype=torch.float32) for raw in places], dim=-1)
+            norms = [raw.norm(dim=-1, dtype=torch.float32) for raw in places]
+            norm = torch.stack(norms, dim=-1)  # [batch, position, place]
+            is_stored = (norm <= 65504 * self.divided_by) & norm.isfinite()
 
             special = torch.isin(ids, self.special.to(device))
             if self.config["keep_special"]:
@@ -464,13 +483,14 @@ class Harvest:
                 special_token=special,
                 skipped_position=pos < self.config["skip_positions"],
                 outlier_norm=(norm > self.largest_norm).any(-1),
-                over_float16=~((norm <= 65504 * self.divided_by) & norm.isfinite()).all(-1),
+                over_float16=~is_stored.all(-1),
             )
             for reason, drop in reasons.items():
                 dropped[reason] += (keep & drop).sum().item()
                 keep &= ~drop
             with explain("base and finetuned are of different size at the hook", RuntimeError):
-                raw = torch.stack([y[keep].div_(self.divided_by).half() for y in places], dim=1)
+                rows = [raw[keep].div_(self.divided_by).half() for raw in places]
+                raw = torch.stack(rows, dim=1)
             columns = dict(norm=norm[keep], token=ids[keep], doc=doc[keep], pos=pos[keep], raw=raw)
             parts.append({name: column.cpu() for name, column in columns.items()})
             self.bar.update(len(raw))
@@ -622,7 +642,8 @@ def add_shard(harvest, building, docs, meta):
 
     # Sums over all shards and processes. They are gathered when each process has written its files,
     # so that meta.json counts only whole shards.
-    norms = dict(zip(harvest.places, rows["norm"].double().sum(dim=0).tolist()))
+    norms = rows["norm"].double().sum(dim=0).tolist()
+    norms = dict(zip(harvest.places, norms))
     counts = Counter(dropped, tokens=len(order), **norms)
     counts = sum(gather_object([counts]), Counter(meta["counts"]))
     meta |= dict(counts=counts, tokens=counts["tokens"], docs=meta["docs"] + len(docs))

@@ -248,7 +248,7 @@ class Store:
             n = len(tables[0])
             for other in others:
                 assert len(other) == n, f"{n} and {len(other)} rows"
-                for name in {*self.columns.column_names, *other.column_names}:
+                for name in set(self.columns.column_names) | set(other.column_names):
                     if self.columns[name] != other[name]:  # says where they first differ
                         np.testing.assert_array_equal(self.columns[name], other[name], name)
             doc = pa.chunked_array([np.arange(n) // 64])  # neighbours may be of one text
@@ -477,8 +477,12 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         if self.variant == "vanilla":
             loss = loss + l1_coeff * l1_loss
         losses = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, aux_loss=aux_loss)
-        losses |= dict(l0_loss=fired.sum() / len(x), dead_latents=len(dead), fired=fired)
-        return losses | dict(x=x.view(raw.shape), error=error.view(raw.shape))
+        losses["l0_loss"] = fired.sum() / len(x)
+        losses["dead_latents"] = len(dead)
+        losses["fired"] = fired
+        losses["x"] = x.view(raw.shape)
+        losses["error"] = error.view(raw.shape)
+        return losses
 
     # --- Sparse: latents that are 0 get no gradient. Leaving them out is exact, and fast ---
 
@@ -499,7 +503,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
             code = code._replace(value=EncodeAt.apply(code, x, W_enc, self.b_enc))
         f = self.activate(code.value, code.latent)
         latent = code.latent.expand_as(f).flatten()
-        fired = torch.zeros_like(norm).index_add(0, latent, (f > 0).to(norm).flatten())
+        is_active = (f > 0).to(norm).flatten()
+        fired = torch.zeros_like(norm).index_add(0, latent, is_active)
         if self.training:  # update the buffers, as BatchNorm does
             self.since_fired += len(x) * PartialState().num_processes
             self.since_fired.masked_fill_(reduce(fired) > 0, 0)
@@ -562,7 +567,8 @@ class SparseCode(NamedTuple):
         """Returns the product with W [d_hidden, d]: [batch, d]."""
         if self.value.numel() > DENSE[W.device.type] * self.shape.numel():
             return self.dense() @ W
-        starts = torch.searchsorted(self.row, torch.arange(self.shape[0], device=W.device))
+        rows = torch.arange(self.shape[0], device=W.device)
+        starts = torch.searchsorted(self.row, rows)
         f = self.value.to(W)
         return F.embedding_bag(self.latent, W, starts, per_sample_weights=f, mode="sum")
 
@@ -615,7 +621,8 @@ def sums(model, losses):
     views = {"": both, "_difference": raw[:, :, -1] - raw[:, :, 0]}
     views |= {f"_{letter}": of_model for letter, of_model in zip("ABCDEFGH", raw.unbind(2))}
     for name, (y, y_hat) in views.items():
-        squares = torch.stack([(y - y_hat).square().sum(), y.square().sum()])
+        error = (y - y_hat).square().sum()
+        squares = torch.stack([error, y.square().sum()])
         total[f"explained_variance{name}"] = torch.cat([squares, y.sum(0).flatten()])
     return total | dict(rows=n)
 
@@ -768,10 +775,11 @@ def train(config, state=None, data=None):
     out = Path(config["out_dir"])
     steps = config["steps"]
     rank = PartialState().process_index
-    new = dict(step=0, tokens=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
     if not state and (out / "checkpoint.pt").exists():
         fail(f"--out_dir={out} holds a run already: continue it by --resume=True")
-    state = state or new
+    if not state:
+        state = dict(step=0, tokens=0, rows=[], texts_read=0)
+        state["wandb_id"] = os.urandom(4).hex()
 
     # data, model, optimiser
     torch.manual_seed(config["seed"])
@@ -780,7 +788,7 @@ def train(config, state=None, data=None):
     betas = (config["beta1"], config["beta2"])
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps))
-    if state is new:
+    if state["step"] == 0:
         check_batch(data, 0)
         model.start_at(data.batch(0))
     else:
