@@ -354,14 +354,15 @@ def read_rows(name, config):
         if suffix[-1:] == ["tsv"]:
             options["sep"] = "\t"
     elif not path.exists():
-        options["path"], _, options["name"] = name.partition(":")
+        options["path"], _, configuration = name.partition(":")
+        options["name"] = configuration or None
     set_verbosity(CRITICAL)  # a damaged file gets one line from `explain`
     with explain(f"--text={name} cannot be read"):
         if (path / "state.json").exists():
             rows = load_from_disk(name).with_format(None)
             rows = rows.to_iterable_dataset(num_shards=min(1000, len(rows)))
         else:
-            of_builder = {key: options.get(key) or None for key in ("path", "name", "data_files")}
+            of_builder = {key: options.get(key) for key in ("path", "name", "data_files")}
             builder = load_dataset_builder(**of_builder)
             if builder.__module__.endswith(".text"):  # also in a folder
                 options["sample_by"] = "paragraph"
