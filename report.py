@@ -416,8 +416,9 @@ body { max-width: 96em; margin: 1.5em auto; padding: 0 1em } .wide, .svg { overf
 .svg svg, td, th { fill: currentColor; font-size: 12px } p { margin: .3em 0; max-width: 60em }
 td, th { vertical-align: top; padding: 2px 5px !important; text-align: right }
 .dt-container, #latents, #latents td { background: none !important; color: inherit !important }
-#latents th { white-space: normal; max-width: 5.5em } #latents { font-size: 12px }
-.texts { text-align: left; white-space: pre-wrap; width: 36em; max-width: 80vw }
+#latents th { white-space: normal; font-size: 10px; padding-right: 14px !important }
+#latents td { font-size: 11px } #latents td:not(:has(.texts)) { white-space: nowrap }
+.texts { text-align: left; white-space: pre-wrap; width: 34em; max-width: 80vw }
 .texts b { font-weight: normal; color: light-dark(black, white) }
 .texts b { background: light-dark(rgb(255 150 0/var(--s)), rgb(170 75 0/var(--s))) }
 .bar { display: inline-block; background: #e80; height: .7em; margin-right: .5em }"""
@@ -439,6 +440,14 @@ COLUMNS = dict(  # of the list of latents, each with what it means
     nu_r="latent scaling on reconstructions: how much the other model has of it; small: little",
     nu_epsilon="the same on errors; small: the other model's error does not hide it either",
     confirmed="the model that alone has it: nu_r < 0.5, nu_epsilon < 0.2, in enough rows",
+    alive="a latent that fired in the last part of training (--dead_after)",
+    clean="patch: the model's own activation is put back",
+    spliced="patch: its reconstruction",
+    zero="patch: zeros",
+    all_of_B="patch: B's activation, put into A; what that takes away of the KL divergence is 100%",
+    chosen_n="patch: the constant and the first n latents, put into A; random_n: any n",
+    directions_n="patch: the part of B - A in its n largest singular directions, put into A",
+    l0="active latents, or directions, per patched token",
 )
 
 EXPLAINED = dict(  # estimates of B that the page shows as bars; * needs B's activation
@@ -618,16 +627,18 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
             share = {}
             for name, y in curve.recovered.items():
                 share[name] = f"{y:.0%} ± {spread.recovered[name]:.0%}"
-            said.append(f"{start}, of which this layer {part:.0%}")
+            said.append(f"{start}; B's activations here take away {part:.0%} of it")
             said.append(
-                f"Of that: constant {share['constant']}, one direction {share['rank_1']}, affine "
-                f"map {share['map']}; with the constant 20 latents {share['chosen_20']}, 100 "
+                f"Of these {part:.0%}: constant {share['constant']}, one direction "
+                f"{share['rank_1']}, affine map {share['map']}; with the constant 20 latents {share['chosen_20']}, 100 "
                 f"{share['chosen_100']}, all {share['chosen_all']}"
             )
         else:
-            said.append(f"{start}, of which this layer less than 0.01, too little to attribute")
+            said.append(f"{start}; B's activations here change it by less than 0.01, too little")
         if n_texts < 16:
             said.append("Latents are ranked by fewer than 8 texts: their order is uncertain")
+    if change <= 1e-4:
+        said.append("There is nothing to rank latents by: their figures show the noise of training")
     if by_source.rows.sum() < 2000:
         said.append(f"Only {by_source.rows.sum():,} rows are held out: rare latents are uncertain")
     return said
@@ -685,10 +696,21 @@ def to_html(table, **options):
     return table.to_html(border=0, na_rep="", float_format="{:.3g}".format, **options)
 
 
-def page_of(said, tables, svg, latents, run):
-    """Returns the page, a file that fetches nothing. `tables` are HTML, by their titles."""
+def folded(tables, attribute=""):
+    """Returns HTML of tables {title: HTML} that fold. attribute="open" unfolds them."""
+    lines = ""
+    for title, table in tables.items():
+        table = f'<div class="wide">{table}</div>'
+        lines += f"<details {attribute}><summary>{title}</summary>{table}</details>"
+    return lines
+
+
+def page_of(said, meta, above, latents, svg, below):
+    """Returns the page, a file that fetches nothing: the verdict, tables {title: HTML}, the list of
+    latents, the pictures, and more tables.
+    """
     options = dict(connected=False, maxBytes=0, allow_html=True, table_id="latents", order=[])
-    options |= dict(showIndex=False, pageLength=20, classes="compact", style="width: 100%")
+    options |= dict(showIndex=False, pageLength=25, classes="compact", style="width: 100%")
     options |= dict(text_in_header_can_be_selected=False)
     columns = {name: html.escape(y) for name, y in COLUMNS.items()}
     heads = {}
@@ -697,19 +719,19 @@ def page_of(said, tables, svg, latents, run):
     every = to_html_datatable(latents.rename(columns=heads), **options)
     glossary = "".join(f"<dt>{name}</dt><dd>{y}</dd>" for name, y in columns.items())
     said = [html.escape(line) for line in said]
-    body = "".join(f"<p>{line}.</p>" for line in said[1:])
-    for title, table in tables.items():
-        body += f'<details open><summary>{title}</summary><div class="wide">{table}</div></details>'
+    lines = "".join(f"<p>{line}.</p>" for line in said[1:])
+    what = "".join(f" {name}: {meta.get(name)}." for name in ("base", "finetuned", "hooks") if meta)
+    what = html.escape(what)
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <title>What fine-tuning changed</title><meta name="viewport" content="width=device-width">
 {generate_init_offline_itables_html(itables.options.dt_bundle)}<style>{STYLE}</style>
-<h1>{said[0]}</h1><p>A is the base model, B the model fine-tuned from it.</p>{body}
-<h2>Latents, by how much of the change they carry</h2><p>Search finds words of the texts, too;
-!opening leaves openings out.</p><div class="wide">{every}</div><div class="svg">{svg}</div>
+<h1>{said[0]}</h1><p>A is the base model, B the model fine-tuned from it.{what}</p>{lines}
+{folded(above, "open")}<h2>Latents, by how much of the change they carry</h2>
+<p>Search finds words of the texts, too; !opening leaves openings out.</p>
+<div class="wide">{every}</div><div class="svg">{svg}</div>{folded(below)}
 <details><summary>What the columns mean</summary><dl>{glossary}</dl><p>Latent scaling: arXiv
 2504.02922. Attribution patching: arXiv 2310.10348. Crosscoders:
-transformer-circuits.pub/2024/crosscoders.</p></details>
-<details><summary>The run</summary>{to_html(run.to_frame(""))}</details>"""
+transformer-circuits.pub/2024/crosscoders.</p></details>"""
 
 
 def report(model, data, config, rows, splice=False, n_texts=16):
@@ -765,25 +787,26 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     alone = table[table.kind.str.endswith("only") | (table.confirmed != "")]
     first = table.index[:5000].union(alone.index, sort=False)
     latents = table.loc[first]
-    tables = {}
+    above = {}
+    below = {}
     by_source = by_group(sizes, ["all"] * len(sizes))
     if texts.has_docs:
         of_rows = texts.rows.iloc[data.val_rows]
         by_source = by_group(sizes, of_rows.source)
         names = ["1 to 3", "4 to 10", "11 to 20", "21 to 50", "later"]
         position = pd.cut(of_rows.pos, [-1, 3, 10, 20, 50, 10**9], labels=names)
-        tables["By position in the text"] = to_html(by_group(sizes, position))
+        above["By position in the text"] = to_html(by_group(sizes, position))
         active = active_rows(model, texts, first, maps)
         shown = described(texts, active)
-        if models:
+        if "recovered" in curve:
             d_change, _ = decoder_change(model)
             names = [*maps, *table.index[:20].union(alone.index[:40])]
             of_names = promoted_by(texts, active, models[0], names, promoted, d_change)
             shown["promoted"] = pd.Series(of_names)
         table = table.join(shown[["opening", "position"]])
-        if promoted:
+        if "promoted" in shown:
             baselines = shown.reindex(maps)[["texts", "promoted"]].dropna()
-            tables["Baselines"] = to_html(baselines, escape=False)
+            below["Baselines"] = to_html(baselines, escape=False)
             shown.promoted = shown.promoted.fillna("")
         latents = latents.join(shown)
     said = verdict(len(frequency), table, row, by_source, found, curve, spread)
@@ -797,17 +820,18 @@ def report(model, data, config, rows, splice=False, n_texts=16):
         for name in ("constant", "chosen_20", "chosen_all"):
             if "recovered" in figures:
                 by_source.loc[source, f"{name} recovers"] = figures.recovered[name]
-    tables["By source"] = to_html(by_source)
+    above = {"By source": to_html(by_source)} | above
     if "recovered" in curve:
-        tables["What it takes to recover that"] = bars(curve, spread)
-        tables["All patches"] = to_html(curve.join(spread.add_suffix(" ±")))
+        above = {"What it takes to recover that": bars(curve, spread)} | above
+        below["All patches"] = to_html(curve.join(spread.add_suffix(" ±")))
     run = pd.json_normalize(config | dict(store=texts.meta, val=row), sep="/").iloc[0]
     run = run.drop(["resume", "trust_remote_code"], errors="ignore")
+    below["The run"] = to_html(run.to_frame(""))
     svg = pictures(table, rows, curve, out / "report.svg")
     latents = latents.rename_axis("latent").reset_index()
     latents = latents[[name for name in COLUMNS if name in latents]]
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.3g}".format):
-        page = page_of(said, dict(reversed(tables.items())), svg, latents, run)
+        page = page_of(said, texts.meta, above, latents, svg, below)
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))
     print("\n".join(said), f"\nreport: {out / 'report.html'}")
     if hasattr(data, "directions"):

@@ -2393,7 +2393,7 @@ def test_in_a_browser_the_page_lists_searches_and_sorts_every_latent_and_fetches
     assert "CONSOLE" not in done.stderr
     found = re.search('<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1]
     found = json.loads(html.unescape(found))
-    assert found["shown"] == [str(j) for j in table.index[:20]]
+    assert found["shown"] == [str(j) for j in table.index[:25]]
     words = table.texts.map(lambda y: html.unescape(re.sub("<[^>]*>", "", y)))
     n_with = words.str.contains("w7", case=False).sum()
     assert f" of {n_with} entries" in found["word"][0]
@@ -2688,7 +2688,7 @@ def test_the_list_the_verdict_and_the_curve_are_of_the_same_latents_in_one_order
     assert re.search(rf"constant {share['constant']:.0%} ± [0-9]+%, one direction", said)
     assert re.search(rf"with the constant 20 latents {share['chosen_20']:.0%} ± [0-9]+%, 100", said)
     of_layer = 1 - row["val/kl_all_of_B"] / row["val/kl_clean_A"]
-    assert f"of which this layer {of_layer:.0%}\nOf that" in said
+    assert f"take away {of_layer:.0%} of it\nOf these {of_layer:.0%}: constant" in said
     assert "KL recovered" in page and "random" in page, "the picture"
     sizes = [f"val/l0_chosen_{n}" for n in (1, 5, 20, 100, "all")]
     assert 0 < row[sizes[0]] < row[sizes[1]] < row[sizes[2]] <= row[sizes[3]] <= row[sizes[4]]
@@ -2778,7 +2778,8 @@ def test_of_the_same_model_twice_and_of_noise_no_share_is_printed_and_nothing_co
         page = report.main([f"--run={basis}", "--splice=True"])
         said = capsys.readouterr().out
         assert "%" not in said and ", 0 confirmed" in said
-        assert "of which this layer less than 0.01" in said
+        assert "change it by less than 0.01" in said
+        assert ("There is nothing to rank latents by" in said) == (not noise)
         assert ("The models do not differ here\n" in said) == (not noise)
         assert not any("recovered_c" in key for key in metrics(basis)[-1])
         assert "-inf" not in page and "What it takes" not in page
