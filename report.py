@@ -628,11 +628,10 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
             for name, y in curve.recovered.items():
                 share[name] = f"{y:.0%} ± {spread.recovered[name]:.0%}"
             said.append(f"{start}; B's activations here take away {part:.0%} of it")
-            said.append(
-                f"Of these {part:.0%}: constant {share['constant']}, one direction "
-                f"{share['rank_1']}, affine map {share['map']}; with the constant 20 latents {share['chosen_20']}, 100 "
-                f"{share['chosen_100']}, all {share['chosen_all']}"
-            )
+            line = f"Of these {part:.0%}: constant {share['constant']}, one direction "
+            line += f"{share['rank_1']}, affine map {share['map']}; with the constant 20 latents "
+            line += f"{share['chosen_20']}, 100 {share['chosen_100']}, all {share['chosen_all']}"
+            said.append(line)
         else:
             said.append(f"{start}; B's activations here change it by less than 0.01, too little")
         if n_texts < 16:
