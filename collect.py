@@ -347,7 +347,7 @@ def read_rows(name, config):
     options = dict(path=name, split=config["split"], streaming=True)
     kinds = dict(txt="text", csv="csv", tsv="csv", parquet="parquet", arrow="arrow")
     kinds |= dict(json="json", jsonl="json")
-    if path.is_file():
+    if path.is_file() or "://" in name:
         suffix = [y for y in path.name.lower().split(".") if y in kinds]  # .zst may come after it
         kind = kinds[suffix[-1]] if suffix else "json"
         options |= dict(path=kind, data_files=name, split="train")

@@ -416,9 +416,9 @@ body { max-width: 96em; margin: 1.5em auto; padding: 0 1em } .wide, .svg { overf
 .svg svg, td, th { fill: currentColor; font-size: 12px } p { margin: .3em 0; max-width: 60em }
 td, th { vertical-align: top; padding: 2px 5px !important; text-align: right }
 .dt-container, #latents, #latents td { background: none !important; color: inherit !important }
-#latents th { white-space: normal; font-size: 10px; padding-right: 14px !important }
+#latents th { white-space: normal; font-size: 10px } #latents .dt-column-order { display: none }
 #latents td { font-size: 11px } #latents td:not(:has(.texts)) { white-space: nowrap }
-.texts { text-align: left; white-space: pre-wrap; width: 34em; max-width: 80vw }
+.texts { text-align: left; white-space: pre-wrap; width: 32em; max-width: 80vw }
 .texts b { font-weight: normal; color: light-dark(black, white) }
 .texts b { background: light-dark(rgb(255 150 0/var(--s)), rgb(170 75 0/var(--s))) }
 .bar { display: inline-block; background: #e80; height: .7em; margin-right: .5em }"""
@@ -719,12 +719,12 @@ def page_of(said, meta, above, latents, svg, below):
     glossary = "".join(f"<dt>{name}</dt><dd>{y}</dd>" for name, y in columns.items())
     said = [html.escape(line) for line in said]
     lines = "".join(f"<p>{line}.</p>" for line in said[1:])
-    what = "".join(f" {name}: {meta.get(name)}." for name in ("base", "finetuned", "hooks") if meta)
-    what = html.escape(what)
+    place = str(meta.get("hooks", "")).strip("[]")
+    what = html.escape(f"{meta.get('base', '')} -> {meta.get('finetuned', '')} {place}")
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <title>What fine-tuning changed</title><meta name="viewport" content="width=device-width">
 {generate_init_offline_itables_html(itables.options.dt_bundle)}<style>{STYLE}</style>
-<h1>{said[0]}</h1><p>A is the base model, B the model fine-tuned from it.{what}</p>{lines}
+<h1>{said[0]}</h1><p>A is the base model, B the model fine-tuned from it. {what}</p>{lines}
 {folded(above, "open")}<h2>Latents, by how much of the change they carry</h2>
 <p>Search finds words of the texts, too; !opening leaves openings out.</p>
 <div class="wide">{every}</div><div class="svg">{svg}</div>{folded(below)}

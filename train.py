@@ -502,9 +502,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
             code, cut = self.choose(x, W_enc, norm)
             code = code._replace(value=EncodeAt.apply(code, x, W_enc, self.b_enc))
         f = self.activate(code.value, code.latent)
-        latent = code.latent.expand_as(f).flatten()
-        is_active = (f > 0).to(norm).flatten()
-        fired = torch.zeros_like(norm).index_add(0, latent, is_active)
+        fired = code._replace(value=(f > 0).to(norm)).sum_of_rows()
         if self.training:  # update the buffers, as BatchNorm does
             self.since_fired += len(x) * PartialState().num_processes
             self.since_fired.masked_fill_(reduce(fired) > 0, 0)
@@ -563,6 +561,12 @@ class SparseCode(NamedTuple):
         zeros = self.value.new_zeros(self.shape)
         return zeros.index_put((self.row, self.latent), self.value)
 
+    def sum_of_rows(self):
+        """Returns the sum of the rows [d_hidden]."""
+        if self.value.dim() == 2:
+            return self.value.sum(0)
+        return self.value.new_zeros(self.shape[1]).index_add(0, self.latent, self.value)
+
     def __matmul__(self, W):
         """Returns the product with W [d_hidden, d]: [batch, d]."""
         if self.value.numel() > DENSE[W.device.type] * self.shape.numel():
@@ -618,8 +622,10 @@ def sums(model, losses):
     total = {name: n * y for name, y in losses.items() if np.ndim(y) == 0}
     both = torch.stack([x, x + losses["error"]])  # x and x_hat, [2, row, model, d_model]
     raw = model.unscaled(both)
-    views = {"": both, "_difference": raw[:, :, -1] - raw[:, :, 0]}
-    views |= {f"_{letter}": of_model for letter, of_model in zip("ABCDEFGH", raw.unbind(2))}
+    views = {"": both}
+    views["_difference"] = raw[:, :, -1] - raw[:, :, 0]
+    for letter, of_model in zip("ABCDEFGH", raw.unbind(2)):
+        views[f"_{letter}"] = of_model
     for name, (y, y_hat) in views.items():
         error = (y - y_hat).square().sum()
         squares = torch.stack([error, y.square().sum()])
