@@ -10,17 +10,20 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
                     [d_model], divided by divided_by), token (its id), doc (its row in OUT/docs) and
                     pos (its position in that doc)
     OUT/finetuned/  the same for the other model. Row i of both is the same token. Rows are shuffled
+                    With --layer=7,13 the datasets are base_7, finetuned_7, base_13, finetuned_13
     OUT/docs/       a Hugging Face dataset, one row per text, or per piece of a text of over seq_len
                     tokens: input_ids, source (the row's, or the name in --text), text (its number
                     there, as shuffled)
-    OUT/meta.json   the config; processes; hooks, the module's path in each model; d_model; tokens,
-                    rows of base; docs, rows of docs; dropped, tokens left out by reason, and rows
-                    without a text; divided_by, a power of two, 1 unless rows are too large for
-                    float16; scale, sqrt(d_model) / mean norm of each model's rows;
-                    tokenizer; versions of packages; shards and counts, for continuing
+    OUT/meta.json   the config; processes; places, the names of the datasets; of each place hooks,
+                    the module's path, and scale, sqrt(d_model) / mean norm of its rows; d_model;
+                    tokens, rows of base; docs, rows of docs; dropped, by reason: tokens (also of
+                    whole texts with an unknown_token) and rows of --text (empty_text, refused_row);
+                    divided_by, a power of two, 1 unless rows are too large for float16; tokenizer;
+                    versions of packages; shards and counts, for continuing
 
-A token is left out if it is padding, special, or among the first skip_positions of its doc, if its
-norm in either model is over max_norm_ratio times the median, or if it is not finite.
+A token is left out if it is padding or BOS (with --keep_special=False any special token), if it is
+among the first skip_positions of its doc, if its norm at a place is over max_norm_ratio times the
+median, or if it is not finite.
 
 While it runs, the store is called OUT.building. If it is killed, run the same command again: it
 continues. Memory holds both models, at 4 bytes a weight (2 in bfloat16), and two copies of a shard

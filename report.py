@@ -5,11 +5,11 @@
 
 Any key of the config can be set by --key=value. The folder of the run gets
 
-    report.html    a page that fetches nothing: how large the change is, how many latents both
-                   models share or one has alone, and texts of those with most of the change
+    report.html    a page that fetches nothing: how large the change is, by source and position, how
+                   many latents both models share or one has alone, and every latent with its texts
     report.svg     its pictures
     latents.csv    all latents that are alive: columns of `compare`, `latent_scaling`, `attribution`
-    metrics.jsonl  after splicing, one more row: val/COLUMN_NAME of `splice_in`. Resuming drops it
+    metrics.jsonl  after splicing, one more row: val/COLUMN_NAME of `curve_of`. Resuming drops it
 
 Figures are of held-out rows: of whole docs (texts, or pieces of long ones) if the store has docs.
 Only nats_per_token, the fit of the baselines and the curves of training are of training rows.

@@ -297,6 +297,7 @@ class Store:
 
     @property
     def held_out(self):
+        """Yields the held-out rows in batches, in the order of the store."""
         for rows in np.split(self.val_rows, range(1024, len(self.val_rows), 1024)):
             yield self.read(rows)
 
