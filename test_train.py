@@ -4021,7 +4021,7 @@ def test_two_processes_share_the_rows_of_a_batch_of_one(runs):
 def test_a_run_of_two_processes_is_resumed_by_one():
     options = ["--steps=20", "--save_every=10", "--val_tokens=64", "--out_dir=out"]
     shown = torchrun(2, HERE / "train.py", *SMALL, *options)
-    assert shown.count("20 val/") == 1, "one process logs"
+    assert shown.count("20  val/") == 1, "one process logs"
     resume("--steps=40", "--log_every=20")
     assert [row["step"] for row in metrics("out")] == [5, 10, 15, 20, 20, 40, 40]
 
