@@ -145,8 +145,9 @@ def load(key, config, device):
         if adapters:
             if len(tokenizer) > len(model.get_input_embeddings().weight):
                 model.resize_token_embeddings(len(tokenizer))
-            head = model.get_output_embeddings()  # the embedding's weights, too, if they are tied
-            head.weight = nn.Parameter(head.weight.clone())
+            head = model.get_output_embeddings()
+            if head is not None:  # it may share its weights with the embedding: untie them
+                head.weight = nn.Parameter(head.weight.clone())
         for adapter in adapters:
             adapted = PeftModel.from_pretrained(model, adapter)
             kind = adapted.peft_config["default"]
@@ -267,7 +268,8 @@ def read_source(name, config, tokenizer, dropped):
             dropped["empty_text"] += 1
             continue
         try:
-            if column in ("messages", "conversations") and isinstance(text, str):
+            is_json = isinstance(text, str) and text.lstrip().startswith("[{")
+            if is_json and column in ("messages", "conversations"):
                 text = json.loads(text)
             has_begin = isinstance(text, list)  # chat templates write BOS themselves
             if not isinstance(text, str):

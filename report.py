@@ -508,9 +508,8 @@ def active_rows(model, texts, latents, maps):
         a = raw[:, 0].to(model.b_dec)
         for name, (W, bias) in maps.items():
             strength = (a @ W + bias).norm(dim=1).cpu().numpy()
-            parts.append(
-                pd.DataFrame(dict(name=name, row=n + np.arange(len(a)), strength=strength))
-            )
+            row = n + np.arange(len(a))
+            parts.append(pd.DataFrame(dict(name=name, row=row, strength=strength)))
         n += len(raw)
     active = pd.concat(parts).query("strength > 0")
     active["shade"] = active.strength / active.groupby("name").strength.transform("max")
@@ -609,8 +608,7 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
     kinds = f"Of {d_hidden:,} latents {len(table):,} are alive"
     for kind in ("shared", "uneven", "base-only", "fine-tuned-only"):
         kinds += f", {(table.kind == kind).sum():,} {kind}"
-    confirmed = table.confirmed.value_counts()
-    n_confirmed = confirmed.sum() - confirmed.get("", 0)
+    n_confirmed = (table.confirmed != "").sum()
     said.append(f"{kinds}, {n_confirmed:,} confirmed")
     if n_confirmed == 0:
         said.append("No latent is confirmed to be of one model alone")
@@ -621,7 +619,7 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
         kl = curve.kl
         n_texts = found.text.nunique()
         of = f"of {n_texts} texts, {found.n_kl[found.name == 'clean_A'].sum():,} tokens"
-        start = f"KL from A to B is {kl.clean_A:.2g} ± {spread.kl.clean_A:.1g} nats a token ({of})"
+        start = f"KL of A from B is {kl.clean_A:.2g} ± {spread.kl.clean_A:.1g} nats a token ({of})"
         if "recovered" in curve:
             part = 1 - kl.all_of_B / kl.clean_A
             share = {}
@@ -692,6 +690,7 @@ def pictures(table, rows, curve, path):
 
 
 def to_html(table, **options):
+    """Returns a DataFrame as HTML, with three digits of each float."""
     return table.to_html(border=0, na_rep="", float_format="{:.3g}".format, **options)
 
 
@@ -792,7 +791,7 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     if texts.has_docs:
         of_rows = texts.rows.iloc[data.val_rows]
         by_source = by_group(sizes, of_rows.source)
-        names = ["1 to 3", "4 to 10", "11 to 20", "21 to 50", "later"]
+        names = ["up to 3", "4 to 10", "11 to 20", "21 to 50", "later"]
         position = pd.cut(of_rows.pos, [-1, 3, 10, 20, 50, 10**9], labels=names)
         above["By position in the text"] = to_html(by_group(sizes, position))
         active = active_rows(model, texts, first, maps)
@@ -811,14 +810,16 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     said = verdict(len(frequency), table, row, by_source, found, curve, spread)
 
     # the page
-    for source, of_source in found.groupby("source", observed=True) if splice else ():
-        figures = curve_of(of_source)
-        by_source.loc[source, "texts"] = of_source.text.nunique()
-        by_source.loc[source, ["CE of A", "CE of B"]] = figures.ce[["clean_A", "clean_B"]].tolist()
-        by_source.loc[source, "KL"] = figures.kl.clean_A
-        for name in ("constant", "chosen_20", "chosen_all"):
+    if splice:
+        for source, of_source in found.groupby("source", observed=True):
+            figures = curve_of(of_source)
+            by_source.loc[source, "texts"] = of_source.text.nunique()
+            by_source.loc[source, "CE of A"] = figures.ce.clean_A
+            by_source.loc[source, "CE of B"] = figures.ce.clean_B
+            by_source.loc[source, "KL"] = figures.kl.clean_A
             if "recovered" in figures:
-                by_source.loc[source, f"{name} recovers"] = figures.recovered[name]
+                for name in ("constant", "chosen_20", "chosen_all"):
+                    by_source.loc[source, f"{name} recovers"] = figures.recovered[name]
     above = {"By source": to_html(by_source)} | above
     if "recovered" in curve:
         above = {"What it takes to recover that": bars(curve, spread)} | above
