@@ -18,8 +18,9 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
                     the module's path, and scale, sqrt(d_model) / mean norm of its rows; d_model;
                     tokens, rows of base; docs, rows of docs; dropped, by reason: tokens (also of
                     whole texts with an unknown_token) and rows of --text (empty_text, refused_row);
-                    divided_by, a power of two, 1 unless rows are too large for float16; tokenizer;
-                    versions of packages; shards and counts, for continuing
+                    divided_by, a power of two, 1 unless rows are too large for float16; rounding,
+                    by layer, if dtype is not float32: by how much of A's norm it moves B - A;
+                    tokenizer; versions of packages; shards and counts, for continuing
 
 A token is left out if it is padding or BOS (with --keep_special=False any special token), if it is
 among the first skip_positions of its doc, if its norm at a place is over max_norm_ratio times the
@@ -51,6 +52,7 @@ from train import checked, explain, fail, read_command_line, set_up, write_atomi
 
 import numpy as np
 import pandas as pd
+import psutil
 import pyarrow as pa
 import torch
 from accelerate import PartialState
@@ -418,9 +420,9 @@ class Harvest:
         seq_len = min([config["seq_len"]] + positions)
         n_embeddings = [len(m.get_input_embeddings().weight) for m in (base, finetuned)]
         self.config = config | dict(seq_len=seq_len, n_embeddings=min(n_embeddings))
-        of_models = base.get_memory_footprint() + finetuned.get_memory_footprint()
+        self.n_bytes = base.get_memory_footprint() + finetuned.get_memory_footprint()
         row = 2 * len(self.places) * base.config.get_text_config().hidden_size  # bytes of float16
-        sizes = np.array([of_models, 2 * row * config["shuffle_rows"], row * 1e6]) / 1e9
+        sizes = np.array([self.n_bytes, 2 * row * config["shuffle_rows"], row * 1e6]) / 1e9
         print(f"texts of up to {seq_len} tokens; in GB models, a shard, 1M rows: {sizes.round(2)}")
         if device.type == "cuda":  # highest is float32, high is TF32
             print(f"precision of float32 products: {torch.get_float32_matmul_precision()}")
@@ -501,6 +503,31 @@ class Harvest:
             parts.append({name: column.cpu() for name, column in columns.items()})
             self.bar.update(len(raw))
         return {name: torch.cat([part[name] for part in parts]) for name in columns}, dropped
+
+
+def measure_rounding(harvest):
+    """Returns by how much of A's norm the models' dtype moves B - A, a list by layer. It runs 2,000
+    tokens through the models in float32, too, and returns [] if these do not fit into memory.
+    """
+    device = harvest.models[0][0].device
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    if free < 3 * harvest.n_bytes:
+        print("rounding is not measured: there is no room for the models in float32, too")
+        return []
+    docs = take_docs(harvest.read(), 2000)
+    found = []
+    for runner in (harvest, Harvest(harvest.config | dict(dtype="float32"))):
+        rows, _ = runner.run(docs)
+        raw = runner.divided_by * rows["raw"].double()  # [row, place, d_model]
+        found.append(pd.DataFrame(dict(doc=rows["doc"], pos=rows["pos"], raw=list(raw))))
+    both = found[0].merge(found[1], on=["doc", "pos"])  # either may have dropped more rows
+    exact = torch.stack(both.raw_y.tolist())
+    error = torch.stack(both.raw_x.tolist()) - exact
+    error = error[:, 1::2] - error[:, ::2]  # of B - A [row, layer, d_model]
+    size = exact[:, ::2].norm(dim=2).mean(0)
+    return (error.norm(dim=2).mean(0) / size).tolist()
 
 
 class Stream:
@@ -598,11 +625,14 @@ def collect(config):
     meta |= dict(places=harvest.places, hooks=harvest.hooks)
     meta |= dict(d_model=harvest.d_model, tokenizer=harvest.tokenizer.name_or_path)
     meta["divided_by"] = harvest.divided_by
+    is_main = PartialState().is_main_process
+    if is_main and config["dtype"] != "float32" and "rounding" not in meta:
+        meta["rounding"] = measure_rounding(harvest)
     meta["versions"] = {p: version(p) for p in ("torch", "transformers", "nnsight", "datasets")}
     building.mkdir(parents=True, exist_ok=True)
     with open(building / "lock", "w") as lock:
         with explain(f"{building} is being written already", BlockingIOError):
-            if PartialState().is_main_process:
+            if is_main:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         docs = harvest.read(meta["docs"])
         left = config["n_tokens"] - meta["tokens"]
@@ -615,7 +645,7 @@ def collect(config):
             if lost.total() > meta["tokens"] / 100:
                 harvest.bar.set_postfix_str(f"dropped: {dict(lost)}")
         harvest.bar.close()
-    if PartialState().is_main_process:
+    if is_main:
         (building / "lock").unlink()
         building.replace(out)
         print(f"{out}: {meta['tokens']} of {meta['n_tokens']} tokens, of {meta['hooks'][0]}")

@@ -22,7 +22,7 @@ import html
 import json
 import signal
 import sys
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -52,6 +52,7 @@ from matplotlib.figure import Figure
 config = dict(
     run="",  # folder of the run, which train.py calls out_dir
     splice=False,  # patch the models of collect.py's store: loss recovered, effects of latents
+    generate=False,  # with splice: let the base model write with the first latents' changes added
     n_texts=16,  # held-out texts to patch; half as many training texts rank the latents
     device="auto",  # auto (cuda if there is one), cpu or cuda
 )
@@ -89,6 +90,28 @@ class Texts:
         """Returns the token ids of a doc, as a list."""
         return self.ids[i].as_py()
 
+    @cached_property
+    def decode(self):
+        """A function from token ids to text. It shows ids if there is no tokenizer here."""
+        from transformers import AutoTokenizer
+
+        options = dict(local_files_only=True, trust_remote_code=False)
+        options["clean_up_tokenization_spaces"] = False
+        try:
+            return AutoTokenizer.from_pretrained(self.meta["tokenizer"], **options).decode
+        except Exception:  # a stranger named it, and there are many ways to fail
+            return lambda ids: " ".join(map(str, ids))
+
+    def pieces(self, ids):
+        """Returns the text of each token, as a list. A letter of several tokens is at its last."""
+        pieces = []
+        done = ""
+        for end in range(len(ids)):
+            text = self.decode(ids[: end + 1]).rstrip("\ufffd")
+            pieces.append(text.removeprefix(done))
+            done = text
+        return pieces
+
     def evenly(self, rows, n_texts):
         """Returns n_texts docs of these rows, as many of each source as there are."""
         docs = self.rows.iloc[rows].drop_duplicates("doc")
@@ -108,15 +131,17 @@ def compare(model, frequency, dead_after=torch.inf):
     change            ||d_B - d_A|| / (||d_A|| + ||d_B||)
     cosine            of d_A and d_B
     kind              base-only, uneven, shared or fine-tuned-only, by relative_norm
+    The last three, and relative_norm, are empty in the basis "difference": there d_A is missing.
     """
     frequency = frequency.cpu()
     d = model.in_models(model.W_dec).detach().cpu()
     a, b = d.unbind(1)  # [latent, d_model]
-    norms = d.norm(dim=2).sum(1)
-    change = (b - a).norm(dim=1) / norms
-    relative_norm = b.norm(dim=1) / norms
-    kinds = ["base-only", "uneven", "shared", "uneven", "fine-tuned-only"]
-    bins = np.digitize(relative_norm, [0.1, 0.4, 0.6, 0.9])
+    change = (b - a).norm(dim=1) / d.norm(dim=2).sum(1)
+    if model.basis == "difference":
+        a = a * torch.nan
+    relative_norm = b.norm(dim=1) / (a.norm(dim=1) + b.norm(dim=1))
+    kinds = ["base-only", "uneven", "shared", "uneven", "fine-tuned-only", "difference"]
+    bins = np.digitize(relative_norm, [0.1, 0.4, 0.6, 0.9, 1.1])  # nan comes last
     columns = dict(
         change_per_token=frequency * change,
         relative_norm=relative_norm,
@@ -159,19 +184,15 @@ def toy_score(toy, model, table):
     if a confirmed latent does. A latent that recovers no feature is false.
     """
     d = model.in_models(model.W_dec).cpu()[table.index]
-    features = []
-    is_false = True
-    for kind, planted in zip(toy.kind, toy.directions):  # [model, d_model]
-        near = (torch.cosine_similarity(d, planted, dim=2) > 0.9) | ~planted.any(1)
-        is_near = near.all(1).numpy()
-        recovers = is_near & (table.kind == kind)
-        confirms = is_near & (table.confirmed != "")
-        found = dict(kind=kind, planted=1, recovered=recovers.any(), confirmed=confirms.any())
-        features.append(found)
-        is_false &= ~recovers
+    near = torch.cosine_similarity(d[:, None], toy.directions, dim=3) > 0.9
+    near |= ~toy.directions.any(2)
+    near = near.all(2).numpy()  # [latent, feature]
+    recovers = near & (table.kind.to_numpy()[:, None] == toy.kind)
+    confirms = near & (table.confirmed != "").to_numpy()[:, None]
+    features = dict(kind=toy.kind, planted=1, recovered=recovers.any(0), confirmed=confirms.any(0))
     score = pd.DataFrame(features).groupby("kind", sort=False).sum()
     score["latents"] = table.kind.value_counts()
-    score["false"] = table.kind[is_false].value_counts()
+    score["false"] = table.kind[~recovers.any(1)].value_counts()
     return score.fillna(0).astype(int)
 
 
@@ -186,7 +207,8 @@ class Hooked:
     def __init__(self, model, hook, divided_by):
         from nnsight import NNsight
 
-        self.model = NNsight(model.requires_grad_(False))
+        self.language_model = model.requires_grad_(False)
+        self.model = NNsight(model)
         self.hook = hook
         self.divided_by = divided_by
         self.skipped = []
@@ -195,10 +217,8 @@ class Hooked:
         expected = self.logits(ids, raw)
         # Blocks up to the hook can be skipped, because a patch replaces their output. This is
         # tried here, because later blocks may read more of them, such as shared keys.
-        with self.model.trace(input_ids=ids, use_cache=False):
-            output = self.model.get(hook).output.save()
         blocks, _, i = hook.rpartition(".")
-        if i.isdigit() and isinstance(output, torch.Tensor):
+        if i.isdigit():
             self.skipped = [f"{blocks}.{j}" for j in range(int(i) + 1)]
             try:
                 error = self.logits(ids, raw) - expected
@@ -358,10 +378,9 @@ def splice_in(crosscoder, texts, models, n_texts, maps, directions, sets):
     Returns a DataFrame with a row for each text and patch: text (its number), source, name (of the
     patch), and sums over the text: l0 (active latents, or directions), ce and kl (cross-entropy and
     KL divergence from the fine-tuned model, in nats), and n_l0, n_ce, n_kl, the positions that they
-    are sums over. Also {name: mean change of each next token's probability [vocabulary]}.
+    are sums over.
     """
     found = []
-    p = {}  # each next token's probability, summed over positions, by patch
     docs = texts.evenly(texts.store.val_rows, n_texts)
     sources = texts.rows.drop_duplicates("doc").set_index("doc").source[docs]
     read = read_texts(texts, models, texts.store.val_rows, n_texts)
@@ -377,11 +396,9 @@ def splice_in(crosscoder, texts, models, n_texts, maps, directions, sets):
             ce = F.nll_loss(log_p[:-1], ids[0, 1:], reduction="sum").item()
             kl = -torch.tensordot(p_b, log_p).item()
             found.append(of_text | dict(name=name, l0=active, ce=ce, kl=kl))
-            p[name] = p.get(name, 0) + log_p.exp_().sum(0)
     found = pd.DataFrame(found)
     found.kl -= found.groupby("text").kl.transform("first")  # the entropy of B
-    n = found.n_kl[found.name == "clean_B"].sum()
-    return found, {name: (y - p["clean_A"]) / n for name, y in p.items()}
+    return found
 
 
 def curve_of(found, weights=1):
@@ -428,6 +445,7 @@ COLUMNS = dict(  # of the list of latents, each with what it means
     texts="the five held-out texts in which it is strongest; the darker, the stronger",
     source="the commonest source of its 20 strongest rows, its share of them, and of all rows",
     promoted="tokens whose probability rises most if the base model gets its change",
+    writes="what the base model writes after three prompts if its change is added everywhere",
     opening="opening: nearly all of its strongest rows are among the first ten tokens of a text",
     position="median position in the text of its 20 strongest rows",
     nats_per_token="first-order effect: by how much it lowers the KL divergence from B",
@@ -461,41 +479,21 @@ EXPLAINED = dict(  # estimates of B that the page shows as bars; * needs B's act
 )
 
 
-def find_decoder(texts):
-    """Returns a function from token ids to text. It shows ids if there is no tokenizer here."""
-    from transformers import AutoTokenizer
-
-    options = dict(local_files_only=True, trust_remote_code=False)
-    options["clean_up_tokenization_spaces"] = False
-    try:
-        return AutoTokenizer.from_pretrained(texts.meta["tokenizer"], **options).decode
-    except Exception:  # a stranger named it, and there are many ways to fail
-        return lambda ids: " ".join(map(str, ids))
-
-
-def snippet(ids, pos, shade, decode):
-    """Returns HTML of the tokens around a position. `shade` is {position: 0 to 1}."""
-    first = max(0, pos - 16)
-    last = min(len(ids), pos + 9)
-    done = ""
+def shaded(tokens, shade):
+    """Returns HTML of a text. The darker a token is, the larger its shade, from 0 to 1."""
     spans = ""
-    begin = first
-    for cut in sorted({i for j in shade for i in (j, j + 1)} | {last}):
-        text = decode(ids[first:cut]).rstrip("\ufffd")  # the next token has the rest of a letter
-        part = html.escape(text.removeprefix(done).replace("\n", "↵"))
-        if part and begin in shade:
-            part = f'<b style="--s:{shade[begin]:.2f}">{part}</b>'
+    for token, y in zip(tokens, shade):
+        part = html.escape(token.replace("\n", "↵"))
+        if part and y:
+            part = f'<b style="--s:{y:.2f}">{part}</b>'
         spans += part
-        done = text
-        begin = cut
     return spans
 
 
 @torch.no_grad()
-def active_rows(model, texts, latents, maps):
+def active_rows(model, texts, held_out, latents, maps):
     """Returns a DataFrame of where latents and maps are active in up to 100,000 held-out rows:
-    name, doc, pos, source, strength, and shade, the strength over the largest of that name. The
-    strongest come first.
+    name, row (of the held-out ones), doc, pos, source and strength. The strongest come first.
     """
     parts = []
     n = 0
@@ -512,37 +510,52 @@ def active_rows(model, texts, latents, maps):
             parts.append(pd.DataFrame(dict(name=name, row=row, strength=strength)))
         n += len(raw)
     active = pd.concat(parts).query("strength > 0")
-    active["shade"] = active.strength / active.groupby("name").strength.transform("max")
-    active = active.sort_values("shade", ascending=False, kind="stable", ignore_index=True)
-    of_row = texts.rows.iloc[texts.store.val_rows].iloc[active.row]
-    return active.assign(**{key: of_row[key].to_numpy() for key in ("doc", "pos", "source")})
+    active = active.sort_values("strength", ascending=False, kind="stable", ignore_index=True)
+    return active.join(held_out[["doc", "pos", "source"]], on="row")
 
 
-def described(texts, active):
-    """Returns a DataFrame by name in active_rows: texts (HTML), source, opening and position."""
-    decode = find_decoder(texts)
+def examples_of(texts, active):
+    """Returns the five texts in which each name of active_rows is strongest, as a DataFrame: name,
+    doc, source, pos (of the strongest token), tokens (the texts of those around it, a list) and
+    activations (of these tokens, a list).
+    """
     best = active.drop_duplicates(["name", "doc"]).groupby("name", sort=False).head(5)
     near = best.merge(active, on=["name", "doc"], suffixes=("", "_near"))
     near = near[(near.pos_near - near.pos).between(-16, 8)]
+    examples = []
+    keys = ["name", "doc", "source", "pos"]
+    for values, of_text in near.groupby(keys, sort=False):
+        example = dict(zip(keys, values))
+        first = max(0, example["pos"] - 16)
+        ids = texts.doc(example["doc"])[first : example["pos"] + 9]
+        activations = np.zeros(len(ids))
+        activations[of_text.pos_near - first] = of_text.strength_near
+        example |= dict(tokens=texts.pieces(ids), activations=activations.tolist())
+        examples.append(example)
+    return pd.DataFrame(examples)
+
+
+def described(held_out, active, examples):
+    """Returns a DataFrame by name in active_rows: texts (HTML), source, opening and position."""
     lines = {}
-    for (name, doc, pos), of_text in near.groupby(["name", "doc", "pos"], sort=False):
-        shade = dict(zip(of_text.pos_near, of_text.shade_near))
-        lines.setdefault(name, []).append(snippet(texts.doc(doc), pos, shade, decode))
+    largest = active.groupby("name").strength.max()
+    for example in examples.itertuples():
+        shade = np.divide(example.activations, largest[example.name])
+        lines.setdefault(example.name, []).append(shaded(example.tokens, shade))
     shown = {name: f'<div class="texts">{"<br>".join(y)}</div>' for name, y in lines.items()}
     shown = pd.DataFrame(dict(texts=shown))
 
-    rank = active.groupby("name").shade.rank(method="min", ascending=False)
+    rank = active.groupby("name").strength.rank(method="min", ascending=False)
     strongest = active[rank <= 20]  # and ties: the constant is alike in all rows
-    rows = texts.rows.iloc[texts.store.val_rows]
     share = pd.crosstab(strongest.name, strongest.source, normalize="index")
-    if rows.source.nunique() > 1:
-        usual = rows.source.value_counts(normalize=True)
+    if held_out.source.nunique() > 1:
+        usual = held_out.source.value_counts(normalize=True)
         for name, first in share.idxmax(axis=1).items():
             of_all = f"{share.loc[name, first]:.0%} (of all {usual[first]:.0%})"
             shown.loc[name, "source"] = f"{html.escape(first)} {of_all}"
     by_name = strongest.pos.groupby(strongest.name)
     early = by_name.agg(lambda pos: (pos <= 10).mean())
-    is_opening = (early >= 0.9) & (early > 2 * (rows.pos <= 10).mean())
+    is_opening = (early >= 0.9) & (early > 2 * (held_out.pos <= 10).mean())
     shown["opening"] = is_opening.map({True: "opening", False: ""})
     return shown.assign(position=by_name.median())
 
@@ -559,40 +572,83 @@ def promoted_at(texts, row, base, change):
     return base.logits(ids, raw)[-1].softmax(-1) - before
 
 
-def promoted_by(texts, active, base, names, promoted, d_change):
-    """Returns {name: HTML of the tokens that it promotes most}: maps on average, by `promoted`
-    {name: [vocabulary]}, and latents where they are strongest.
+def changes_of(texts, active, maps, d_change):
+    """Returns {name: change [d_model]} of each name in active_rows: what it adds to A, on average
+    over its 20 strongest rows. A latent adds its strength times d_B - d_A.
     """
-    decode = find_decoder(texts)
+    changes = {}
+    for name, rows in active.groupby("name", sort=False).head(20).groupby("name", sort=False):
+        if name in maps:
+            W, bias = maps[name]
+            raw = texts.store.read(np.sort(texts.store.val_rows[rows.row]))
+            changes[name] = (raw[:, 0].to(W) @ W + bias).mean(0)
+        else:
+            changes[name] = rows.strength.mean() * d_change[name]
+    return changes
+
+
+def promoted_by(texts, active, base, changes):
+    """Returns {name: HTML of the tokens that its change promotes most, where it is strongest}."""
     strongest = active.drop_duplicates("name").set_index("name")
     shown = {}
-    for name in tqdm(names, desc="promoted tokens", delay=1, leave=False):
-        if name in promoted:
-            rise = promoted[name]
-        elif name in strongest.index:
-            row = strongest.loc[name]
-            rise = promoted_at(texts, row, base, row.strength * d_change[name])
-        else:
-            continue
-        rise, token = rise.topk(5)
-        lines = [f"{decode([t])!r} {y:+.2g}" for t, y in zip(token.tolist(), rise)]
+    for name, change in tqdm(changes.items(), desc="promoted tokens", delay=1, leave=False):
+        rise, token = promoted_at(texts, strongest.loc[name], base, change).topk(5)
+        lines = [f"{texts.decode([t])!r} {y:+.2g}" for t, y in zip(token.tolist(), rise)]
         shown[name] = "<br>".join(map(html.escape, lines))
     return shown
 
 
-def sizes_of(data):
-    """Returns the norms of B - A and of A for all held-out rows, a DataFrame: change and base."""
+@torch.no_grad()
+def write(hooked, ids, change, n_tokens=40):
+    """Returns what a Hooked model writes after the prompts ids [prompt, position], greedily, if
+    `change` [d_model] is added at every position of its hook: token ids [prompt, n_tokens].
+    """
+    from collect import hidden
+
+    def add(module, inputs, output):
+        patched = hidden(output) + hooked.divided_by * change
+        return patched if isinstance(output, torch.Tensor) else (patched,) + output[1:]
+
+    model = hooked.language_model
+    options = dict(attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1)
+    options |= dict(max_new_tokens=n_tokens, min_new_tokens=n_tokens, pad_token_id=0)
+    with model.get_submodule(hooked.hook).register_forward_hook(add):
+        return model.generate(ids, **options)[:, ids.shape[1] :]
+
+
+def write_all(texts, models, changes):
+    """Returns what the models write after the beginnings of three held-out docs, as a DataFrame by
+    prompt: base, finetuned, and the base model with each of `changes` {name: [d_model]}.
+    """
+    prompts = [texts.doc(doc)[:12] for doc in texts.evenly(texts.store.val_rows, 3)]
+    n = min(map(len, prompts))
+    prompts = torch.tensor([ids[:n] for ids in prompts], device=models[0].language_model.device)
+    steered = dict(base=(models[0], 0), finetuned=(models[1], 0))
+    steered |= {name: (models[0], change) for name, change in changes.items()}
+    written = {}
+    for name, (hooked, change) in tqdm(steered.items(), desc="generate", delay=1, leave=False):
+        written[name] = map(texts.decode, write(hooked, prompts, change).tolist())
+    return pd.DataFrame(written, index=map(texts.decode, prompts.tolist()))
+
+
+def held_out_rows(texts):
+    """Returns a DataFrame of the held-out rows: change, the norm of B - A, and base, that of A. If
+    the store has docs, it has their columns, too.
+    """
     parts = []
-    for raw in data.held_out:
+    for raw in texts.store.held_out:
         a, b = raw.float().unbind(1)
         parts.append(torch.stack([b - a, a], dim=1).norm(dim=2))
-    return pd.DataFrame(torch.cat(parts).numpy(), columns=["change", "base"])
+    rows = pd.DataFrame(torch.cat(parts).numpy(), columns=["change", "base"])
+    if not texts.has_docs:
+        return rows.assign(source="all")
+    return pd.concat([rows, texts.rows.iloc[texts.store.val_rows].reset_index(drop=True)], axis=1)
 
 
-def by_group(sizes, group):
-    """Returns ||B - A|| / ||A|| of each group of rows, a DataFrame with the number of rows."""
-    groups = sizes.groupby(pd.Categorical(group), observed=True)
-    mean = groups.mean()
+def by_group(rows, group):
+    """Returns the number of rows, and ||B - A|| / ||A||, of each group, as a DataFrame."""
+    groups = rows.groupby(group, observed=True)
+    mean = groups[["change", "base"]].mean()
     return pd.DataFrame({"rows": groups.size(), "||B - A|| / ||A||": mean.change / mean.base})
 
 
@@ -600,18 +656,23 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
     """Returns sentences: how large the change is, latents by kind, and what explains the change."""
     change = row["relative_difference"]
     said = ["The models do not differ here"]
-    if change > 1e-4:
+    if change > row["rounding"]:
         said = [f"B - A, what fine-tuning changed here, is {change:.2g} of A in size"]
         if len(by_source) > 1:
             of_sources = by_source["||B - A|| / ||A||"].map("{:.2g}".format)
             said[0] += f" ({', '.join(f'{name} {y}' for name, y in of_sources.items())})"
+    if row["rounding"] > 1e-4:
+        said[0] += f"; rounding alone makes B - A {row['rounding']:.2g} of A in size"
     kinds = f"Of {d_hidden:,} latents {len(table):,} are alive"
-    for kind in ("shared", "uneven", "base-only", "fine-tuned-only"):
-        kinds += f", {(table.kind == kind).sum():,} {kind}"
-    n_confirmed = (table.confirmed != "").sum()
-    said.append(f"{kinds}, {n_confirmed:,} confirmed")
-    if n_confirmed == 0:
-        said.append("No latent is confirmed to be of one model alone")
+    if table.relative_norm.isna().all():
+        said.append(f"{kinds}. They are of B - A: none is of one model")
+    else:
+        for kind in ("shared", "uneven", "base-only", "fine-tuned-only"):
+            kinds += f", {(table.kind == kind).sum():,} {kind}"
+        n_confirmed = (table.confirmed != "").sum()
+        said.append(f"{kinds}, {n_confirmed:,} confirmed")
+        if n_confirmed == 0:
+            said.append("No latent is confirmed to be of one model alone")
     if "opening" in table and table.opening.any():
         n = (table.opening == "opening").sum()
         said.append(f"{n:,} are openings: they fire in the first ten tokens of texts")
@@ -631,10 +692,11 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
             line += f"{share['chosen_20']}, 100 {share['chosen_100']}, all {share['chosen_all']}"
             said.append(line)
         else:
-            said.append(f"{start}; B's activations here change it by less than 0.01, too little")
+            too_little = "B's activations here change it by too little to share it out"
+            said.append(f"{start}; {too_little}")
         if n_texts < 16:
             said.append("Latents are ranked by fewer than 8 texts: their order is uncertain")
-    if change <= 1e-4:
+    if change <= row["rounding"]:
         said.append("There is nothing to rank latents by: their figures show the noise of training")
     if by_source.rows.sum() < 2000:
         said.append(f"Only {by_source.rows.sum():,} rows are held out: rare latents are uncertain")
@@ -654,39 +716,36 @@ def bars(curve, spread):
 
 def pictures(table, rows, curve, path):
     """Draws latents, training and splicing into an SVG file. Returns it as HTML."""
-    names = ["step", "loss", "explained_variance", "explained_variance_difference", "dead_latents"]
-    training = pd.DataFrame(rows, columns=names, dtype=float).dropna()
+    names = ["loss", "explained_variance", "explained_variance_difference", "dead_latents"]
+    training = pd.DataFrame(rows, columns=["step", *names], dtype=float).dropna()
     style = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8, "legend.frameon": False}
     with rc_context(style):
         figure = Figure(figsize=(11, 4.8), layout="constrained")
         above, below = figure.subplots(2, 4)
-        bins = np.linspace(0, 1, 51)
         for kind, of_kind in table.groupby("kind"):
-            above[0].hist(of_kind.relative_norm, bins=bins, label=kind)
+            relative_norm = of_kind.relative_norm.dropna()
+            above[0].hist(relative_norm, bins=np.linspace(0, 1, 51), label=kind)
         above[0].legend(loc="upper left", fontsize=6)
         frequency = np.log10(table.frequency.replace(0, np.nan).astype(float))
-        above[1].hist(table.cosine.astype(float), bins=np.linspace(-1, 1, 51))
-        above[2].hist(frequency, bins=50, range=(-6, 0))
+        above[1].hist(table.cosine.astype(float).dropna(), bins=np.linspace(-1, 1, 51))
+        above[2].hist(frequency, bins=np.linspace(-6, 0, 51))
         labels = ["relative norm (0: base, 1: fine-tuned)", "cosine", "log10 of frequency"]
         for axes, label in zip(above, labels):
             axes.set(yscale="symlog", ylabel="latents", xlabel=label)
         if "recovered" in curve:
-            axes = above[3]
             for name in ("chosen", "random", "directions"):
                 line = curve.filter(like=name, axis=0)
-                axes.plot(line.l0, line.recovered, marker="o", label=f"{name} *")
+                above[3].plot(line.l0, line.recovered, marker="o", label=f"{name} *")
             for name, line in {"constant": ":", "rank_1": "-.", "map": "--"}.items():
-                axes.axhline(curve.recovered[name], label=name, color="grey", linestyle=line)
-            axes.set(xscale="log", ylim=(0, 1), xlabel="active a token (* needs B)")
-            axes.set_title("KL recovered")
-            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=6)
-        training.plot("step", subplots=True, ax=below, marker=".", legend=False)
-        for axes, name in zip(below, names[1:]):
-            axes.set_title(name)
+                above[3].axhline(curve.recovered[name], label=name, color="grey", linestyle=line)
+            above[3].set(xscale="log", ylim=(0, 1), xlabel="active a token (* needs B)")
+            above[3].set_title("KL recovered")
+            legend = above[3].get_legend_handles_labels()
+            figure.legend(*legend, loc="outside lower right", ncols=6)
+        training.plot("step", subplots=True, ax=below, marker=".", legend=False, title=names)
         save = partial(figure.savefig, format="svg", transparent=True, metadata=dict(Date=None))
         train.write_atomically(path, save)
-    svg = path.read_text(encoding="utf-8").replace("#000000", "currentColor")
-    return svg[svg.index("<svg") :]
+    return path.read_text(encoding="utf-8").replace("#000000", "currentColor")
 
 
 def to_html(table, **options):
@@ -732,7 +791,7 @@ def page_of(said, meta, above, latents, svg, below):
 transformer-circuits.pub/2024/crosscoders.</p></details>"""
 
 
-def report(model, data, config, rows, splice=False, n_texts=16):
+def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     """Writes the files that are named above into config["out_dir"]. `config` and `rows` of metrics
     are the run's. Splicing patches n_texts texts. Returns the page, or "" if there is none.
     """
@@ -748,19 +807,25 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     # how large the change is, and a table of the latents
     dead_after = config["dead_after"]
     row, frequency = train.validate(model, data, config["l1_coeff"], dead_after)
-    sizes = sizes_of(data)
-    row["relative_difference"] = sizes.change.mean() / sizes.base.mean()
+    held_out = held_out_rows(texts)
+    row["relative_difference"] = held_out.change.mean() / held_out.base.mean()
+    row["rounding"] = 1e-4  # of float16, or as collect.py measured it
+    if texts.meta.get("rounding"):
+        layer = texts.meta["places"].index(data.names[0]) // 2
+        row["rounding"] = max(1e-4, texts.meta["rounding"][layer])
     row = {key: float(y) for key, y in row.items() if np.isfinite(float(y))}
-    table = compare(model, frequency, dead_after).join(latent_scaling(model, data.held_out))
-    least = min(20 / len(sizes), 0.01)  # 20 rows, or 1% of fewer than 2,000
-    is_confirmed = table.eval(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
-    own = np.where(table.relative_norm > 0.5, "fine-tuned", "base")
-    table["confirmed"] = np.where(is_confirmed, own, "")
+    table = compare(model, frequency, dead_after)
+    table["confirmed"] = ""
+    if model.basis != "difference":
+        table = table.join(latent_scaling(model, data.held_out))
+        least = min(20 / len(held_out), 0.01)  # 20 rows, or 1% of fewer than 2,000
+        is_confirmed = table.eval(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
+        own = np.where(table.relative_norm > 0.5, "fine-tuned", "base")
+        table["confirmed"] = np.where(is_confirmed, own, "")
 
     # what carries the change
     models = []
     maps = {}
-    promoted = {}
     found = curve = spread = pd.DataFrame()
     if splice:
         models = load_models(texts, frequency.device)
@@ -771,8 +836,10 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     if splice:
         maps, directions, row["map_r2"] = fit_baselines(model, data)
         sets = sets_of(table.index)
-        found, promoted = splice_in(model, texts, models, n_texts, maps, directions, sets)
+        found = splice_in(model, texts, models, n_texts, maps, directions, sets)
         curve = curve_of(found)
+        if row["relative_difference"] <= row["rounding"]:
+            curve = curve[["l0", "ce", "kl"]]
         spread = spread_of(found)
         for m in "AB":
             clean, spliced, zero = curve.ce[[f"clean_{m}", f"spliced_{m}", f"zero_{m}"]]
@@ -787,20 +854,34 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     latents = table.loc[first]
     above = {}
     below = {}
-    by_source = by_group(sizes, ["all"] * len(sizes))
+    by_source = by_group(held_out, "source")
     if texts.has_docs:
-        of_rows = texts.rows.iloc[data.val_rows]
-        by_source = by_group(sizes, of_rows.source)
         names = ["up to 3", "4 to 10", "11 to 20", "21 to 50", "later"]
-        position = pd.cut(of_rows.pos, [-1, 3, 10, 20, 50, 10**9], labels=names)
-        above["By position in the text"] = to_html(by_group(sizes, position))
-        active = active_rows(model, texts, first, maps)
-        shown = described(texts, active)
+        position = pd.cut(held_out.pos, [-1, 3, 10, 20, 50, 10**9], labels=names)
+        above["By position in the text"] = to_html(by_group(held_out, position))
+        active = active_rows(model, texts, held_out, first, maps)
+        examples = examples_of(texts, active)
+        of_latents = examples[~examples.name.isin(maps)].rename(columns=dict(name="latent"))
+        to_json = partial(of_latents.to_json, orient="records", lines=True)
+        train.write_atomically(out / "latents.jsonl", to_json)
+        shown = described(held_out, active, examples)
         if "recovered" in curve:
+            names = [*maps, *table.index[:20].union(alone.index[:40], sort=False)]
             d_change, _ = decoder_change(model)
-            names = [*maps, *table.index[:20].union(alone.index[:40])]
-            of_names = promoted_by(texts, active, models[0], names, promoted, d_change)
-            shown["promoted"] = pd.Series(of_names)
+            changes = changes_of(texts, active[active.name.isin(names)], maps, d_change)
+            shown["promoted"] = pd.Series(promoted_by(texts, active, models[0], changes))
+        if "recovered" in curve and generate:
+            del changes["map"]
+            names = set(changes).difference(table.index[10:])
+            written = write_all(texts, models, {name: changes[name] for name in names})
+            of_models = ["base", "finetuned", "constant", "rank_1"]
+            above["What the models write"] = to_html(written[of_models])
+            shown["writes"] = ""
+            for name, of_name in written.drop(columns=of_models).items():
+                hover = f'title="norm of the change: {changes[name].norm():.3g}"'
+                lines = [f"{prompt} → {text}" for prompt, text in of_name.items()]
+                lines = "<br>".join(map(html.escape, lines))
+                shown.loc[name, "writes"] = folded({"writes": lines}, hover)
         table = table.join(shown[["opening", "position"]])
         if "promoted" in shown:
             baselines = shown.reindex(maps)[["texts", "promoted"]].dropna()
@@ -817,7 +898,7 @@ def report(model, data, config, rows, splice=False, n_texts=16):
             by_source.loc[source, "CE of A"] = figures.ce.clean_A
             by_source.loc[source, "CE of B"] = figures.ce.clean_B
             by_source.loc[source, "KL"] = figures.kl.clean_A
-            if "recovered" in figures:
+            if "recovered" in curve and "recovered" in figures:
                 for name in ("constant", "chosen_20", "chosen_all"):
                     by_source.loc[source, f"{name} recovers"] = figures.recovered[name]
     above = {"By source": to_html(by_source)} | above
@@ -829,12 +910,12 @@ def report(model, data, config, rows, splice=False, n_texts=16):
     below["The run"] = to_html(run.to_frame(""))
     svg = pictures(table, rows, curve, out / "report.svg")
     latents = latents.rename_axis("latent").reset_index()
-    latents = latents[[name for name in COLUMNS if name in latents]]
+    latents = latents[[name for name in COLUMNS if name in latents]].dropna(axis=1, how="all")
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.3g}".format):
         page = page_of(said, texts.meta, above, latents, svg, below)
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))
     print("\n".join(said), f"\nreport: {out / 'report.html'}")
-    if hasattr(data, "directions"):
+    if hasattr(data, "directions") and model.basis != "difference":
         print(toy_score(data, model, table))
     return page
 
@@ -858,12 +939,12 @@ def texts_of(run, latent, n=5):
     """
     model, data, _, _ = open_run(run)
     texts = Texts(data)
-    decode = find_decoder(texts)
-    found = active_rows(model, texts, [latent], {}).drop_duplicates("doc").head(n)
+    active = active_rows(model, texts, held_out_rows(texts), [latent], {})
+    found = active.drop_duplicates("doc").head(n)
     docs = [texts.doc(doc) for doc in found.doc]
-    token = [decode([ids[pos]]) for ids, pos in zip(docs, found.pos)]
+    token = [texts.decode([ids[pos]]) for ids, pos in zip(docs, found.pos)]
     columns = ["doc", "pos", "source", "strength"]
-    return found[columns].assign(token=token, text=[decode(ids) for ids in docs])
+    return found[columns].assign(token=token, text=[texts.decode(ids) for ids in docs])
 
 
 def main(argv):
@@ -871,7 +952,7 @@ def main(argv):
     if not options["run"]:
         fail("--run is missing: give the folder of a run, such as --run=out/RUN")
     given = open_run(options["run"], options["device"])
-    return report(*given, options["splice"], options["n_texts"])
+    return report(*given, options["splice"], options["generate"], options["n_texts"])
 
 
 if __name__ == "__main__":

@@ -67,11 +67,11 @@ def crosscoder(variant, d_hidden=40, k=3, n_models=2, d_model=8, basis="plain", 
         model.W_dec.mul_(torch.rand(d_hidden, 1, 1) + 0.5)
         model.W_enc.add_(0.1 * torch.randn_like(model.W_enc) * model.mask)
         model.b_enc.copy_(0.1 * torch.randn(d_hidden) - 0.5)
-        model.b_dec.copy_(torch.randn(n_models, d_model))
+        model.b_dec.copy_(torch.randn_like(model.b_dec))
         model.scale.copy_(torch.tensor([0.5, 2.0, 1.3])[:n_models])
-        model.to_scaled.copy_(model.scale.diag())
-        if basis == "delta":
-            model.to_scaled.copy_(torch.tensor([[0.5, 0.0], [-3.0, 3.0]]))
+        delta = torch.tensor([[0.5, 0.0], [-3.0, 3.0]])
+        of_basis = dict(plain=model.scale.diag(), delta=delta, difference=delta[1:])
+        model.to_scaled.copy_(of_basis[basis])
         model.threshold.fill_(0.8 if variant == "batchtopk" else 0)
     return model
 
@@ -205,12 +205,15 @@ def test_encode_decode_and_forward_and_their_gradients_equal_the_definition(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_losses_equal_the_definition_in_the_delta_basis_and_with_dedicated_latents(variant):
+def test_losses_equal_the_definition_in_other_bases_and_with_dedicated_latents(variant):
     x = torch.randn(150, 2, 8).double()
-    for options in (dict(basis="delta"), dict(dedicated=0.1)):
+    for options in (dict(basis="delta"), dict(basis="difference"), dict(dedicated=0.1)):
         model = crosscoder(variant, **options)
         assert_losses_are_the_definition(model, x, n_dead=12)
-        assert_equal(model(x), model.unscaled(plain_losses(model, x)["error"] + model.scaled(x)))
+        x_hat = model.unscaled(plain_losses(model, x)["error"] + model.scaled(x))
+        if model.basis == "difference":  # A as it is, and what is said of B - A on top
+            x_hat = torch.stack([x[:, 0], x[:, 0] + x_hat[:, 1]], dim=1)
+        assert_equal(model(x), x_hat)
 
 
 def test_a_latent_whose_decoder_is_0_has_the_gradient_of_the_definition():
@@ -440,6 +443,33 @@ def test_explained_variance_is_a_ratio_of_sums_over_rows(basis):
         of_my_own=3,  # any number
     )
     assert {name: y.item() for name, y in row.items()} == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_basis_difference_explains_b_minus_a_and_takes_a_as_it_is():
+    model = crosscoder("batchtopk", basis="difference").eval()
+    x = torch.randn(9, 2, 8).double()
+    change = x[:, 1] - x[:, 0]
+    assert model.W_dec.shape == model.W_enc.shape == (40, 1, 8) and model.b_dec.shape == (1, 8)
+    assert_equal(model.scaled(x), 3 * change[:, None])
+    assert_equal(model.unscaled(model.scaled(x)), torch.stack([0 * change, change], dim=1))
+    d = model.in_models(model.W_dec)
+    assert not d[:, 0].any()
+    assert_equal(d[:, 1], model.W_dec[:, 0] / 3 * model.scale[1])
+    assert_equal(model(x)[:, 0], x[:, 0])
+    change_hat = model(x)[:, 1] - x[:, 0]
+    assert_equal(change_hat, model.decode(model.encode(x))[:, 1])
+    error = (change - change_hat).square().sum()
+    expected = 1 - (error / (change - change.mean(0)).square().sum()).item()
+    row, _ = train.validate(model, types.SimpleNamespace(held_out=[x]))
+    names = {name for name in row if name.startswith("explained_variance")}
+    assert names == {"explained_variance", "explained_variance_difference"}
+    for name in names:
+        assert row[name].item() == pytest.approx(expected)
+
+    # as large as A would be, from the first batch on
+    model = train.CrossCoder(2, 8, 40, basis="difference")
+    model.start_at(x[:, :, :].float())
+    assert model.scaled(x.float()).norm(dim=-1).mean().item() == pytest.approx(8**0.5)
 
 
 def test_explained_variance_is_right_where_somebody_edits_how_activations_are_scaled():
@@ -890,7 +920,9 @@ def assert_resuming_changes_nothing(monkeypatch, *options):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant, monkeypatch):
-    options = f"--variant={variant} --l1_coeff=30 --dead_after=60 --aux_coeff=0.03".split()
+    basis = "difference" if variant == "topk" else "plain"
+    options = f"--variant={variant} --basis={basis} --l1_coeff=30 --dead_after=60".split()
+    options.append("--aux_coeff=0.03")
     assert_resuming_changes_nothing(monkeypatch, *options)
     assert any(row.get("aux_loss", 0) > 0 for row in metrics("whole"))
 
@@ -962,7 +994,7 @@ def test_a_metric_that_is_a_number_of_numpy_is_logged_saved_and_resumed(monkeypa
     assert checkpoint("out")["rows"] == metrics("out")
 
 
-@pytest.mark.parametrize("basis", ["plain", "delta"])
+@pytest.mark.parametrize("basis", ["plain", "delta", "difference"])
 def test_three_models_or_places_train_and_each_has_its_metrics(basis):
     names = ["base_1", "base_2", "finetuned_2"]
     rng = np.random.default_rng(0)
@@ -972,16 +1004,19 @@ def test_three_models_or_places_train_and_each_has_its_metrics(basis):
     places = f"--places={','.join(names)}"
     options = ["--data=acts", places, f"--basis={basis}", "--out_dir=out", "--val_tokens=300"]
     model = run(*options, "--steps=150", "--eval_every=0")
-    assert model.W_dec.shape == (48, 3, 16)
+    assert model.W_dec.shape == (48, 2 if basis == "difference" else 3, 16)
     row = metrics("out")[-1]
-    for name in ("", "_A", "_B", "_C", "_difference"):
+    of_models = [] if basis == "difference" else ["_A", "_B", "_C"]
+    for name in ("", *of_models, "_difference"):
         assert 0.6 < row[f"val/explained_variance{name}"] < 1, name
+    assert sum("val/explained" in name for name in row) == 2 + len(of_models)
     rows = train.Store(store_config(val_tokens=300, places=",".join(names))).val_rows
     held_out = torch.from_numpy(x[2, rows])
     x_hat = train.CrossCoder.from_pretrained("out")(torch.from_numpy(x[:, rows]).transpose(0, 1))
     error = (held_out - x_hat[:, 2]).square().sum().item()
     variance = (held_out - held_out.mean(0)).square().sum().item()
-    assert row["val/explained_variance_C"] == pytest.approx(1 - error / variance, abs=1e-4)
+    if of_models:
+        assert row["val/explained_variance_C"] == pytest.approx(1 - error / variance, abs=1e-4)
 
 
 def test_wandb_offline_writes_its_run_into_the_run_folder():
@@ -1380,7 +1415,7 @@ def test_rows_too_large_for_float16_are_divided_by_a_power_of_two_and_spliced_in
     store = train.Store(store_config(val_tokens=300))
     texts = report.Texts(store)
     models = report.load_models(texts, "cpu")
-    found, _ = report.splice_in(Says(), texts, models, 2, {}, torch.eye(16), {})
+    found = report.splice_in(Says(), texts, models, 2, {}, torch.eye(16), {})
     curve = report.curve_of(found)
     assert curve.kl.spliced_B == pytest.approx(0, abs=1e-3), "its own rows, put back"
 
@@ -2273,7 +2308,9 @@ def test_the_same_model_twice_has_no_exclusive_latents_and_no_difference(capsys)
     reported(*options, "--dedicated=0.4", "--out_dir=dedicated")
     said = re.search("([0-9]+) base-only, .*, ([0-9]+) confirmed", capsys.readouterr().out)
     assert int(said[1]) > 10 and int(said[2]) == 0, said
-    assert "the models do not differ here" in error_of(capsys, reported, *options, "--basis=delta")
+    for basis in ("delta", "difference"):
+        said = error_of(capsys, reported, *options, f"--basis={basis}")
+        assert "the models do not differ here" in said
 
 
 def test_the_report_shows_the_texts_of_a_store_escaped_and_is_made_again_without_training(pairs):
@@ -2319,7 +2356,9 @@ def test_texts_are_the_five_whose_tokens_a_latent_fires_on_most_with_the_tokens_
     f = model.encode(torch.cat(list(store.held_out))).detach()
     doc, pos = [texts.rows[name].to_numpy()[store.val_rows] for name in ("doc", "pos")]
     often = (f > 0).sum(0).argsort(descending=True)[:3].tolist()
-    shown_of = report.described(texts, report.active_rows(model, texts, often, {})).texts
+    rows = report.held_out_rows(texts)
+    active = report.active_rows(model, texts, rows, often, {})
+    shown_of = report.described(rows, active, report.examples_of(texts, active)).texts
     for j, shown in shown_of.items():
         rows = [(-y, i) for i, y in enumerate(f[:, j].tolist()) if y > 0]
         best = {}
@@ -2460,14 +2499,68 @@ def test_the_spread_of_a_figure_is_that_of_a_bootstrap_over_texts():
 def test_letters_of_several_tokens_are_shown_whole():
     ids = list("wie être, naïf – 你".encode())  # a token a byte, as byte-level ones may be
 
-    def decode(ids):
-        return bytes(ids).decode(errors="replace")
+    texts = report.Texts(None)
+    texts.decode = lambda ids: bytes(ids).decode(errors="replace")
+    pieces = texts.pieces(ids[:14])
+    assert len(pieces) == 14 and "".join(pieces) == "wie être, na", "half a letter is left out"
+    assert pieces[4:7] == ["", "ê", "t"], "a letter is at its last token"
+    pieces = texts.pieces(ids[14:])
+    assert pieces[-1] == "你" and "".join(pieces).count("\ufffd") <= 1, "begun within a letter"
+    assert report.shaded(["<i>", "", "\n"], [0.5, 1, 0]) == '<b style="--s:0.50">&lt;i&gt;</b>↵'
 
-    shown = report.snippet(ids, 5, {5: 1.0, 13: 0.5}, decode)
-    assert re.sub("<.*?>", "", shown) == "wie être, na", "half a letter is left out"
-    assert '<b style="--s:1.00">ê</b>' in shown
-    shown = report.snippet(ids, len(ids) - 1, {len(ids) - 1: 1.0}, decode)
-    assert ">你<" in shown and shown.count("\ufffd") <= 1, "one where it begins within a letter"
+
+@pytest.mark.parametrize(("variant", "d_hidden"), [("batchtopk", 40), ("vanilla", 24)])
+def test_planted_differences_are_recovered_by_the_basis_difference(variant, d_hidden, capsys):
+    """Of 40 shared features 12 are larger in B, and B has 12 features more."""
+    rng = np.random.default_rng(0)
+    d = rng.standard_normal((52, 64))
+    d /= np.linalg.norm(d, axis=1, keepdims=True)
+    planted = np.concatenate([0.7 * d[:12], d[40:]])
+    f = rng.lognormal(0, 0.25, (12_000, 52)) * (rng.random((12_000, 52)) < 0.1)
+    a = f[:, :40] @ d[:40]
+    change = np.concatenate([f[:, :12], f[:, 40:]], axis=1) @ planted
+    x = np.stack([a, a + change]) + 0.01 * rng.standard_normal((2, 12_000, 64))
+    write_store("acts", x.astype(np.float32))
+    options = f"--data=acts --basis=difference --out_dir=out --d_hidden={d_hidden} --k=2"
+    options += " --steps=600 --batch_size=512 --l1_coeff=0.5 --dead_after=20000"
+    model = reported(*options.split(), f"--variant={variant}")
+    cosine = F.cosine_similarity(
+        model.in_models(model.W_dec)[:, None, 1], torch.from_numpy(planted).float(), dim=2
+    )
+    assert (cosine.max(0).values > 0.9).sum() == 24, "all are recovered"
+    is_alive = model.since_fired <= 20_000
+    assert (cosine.max(1).values[is_alive] > 0.9).all(), "and no latent is false"
+    said = f"{is_alive.sum()} are alive. They are of B - A: none is of one model"
+    assert said in capsys.readouterr().out
+    table = pd.read_csv("out/latents.csv", index_col="latent")
+    assert table[["relative_norm", "cosine", "confirmed"]].isna().all(axis=None)
+    assert (table.kind == "difference").all() and "nu_r" not in table
+    page = Path("out/report.html").read_text()
+    assert "relative_<wbr>norm" not in page and "frequency" in page
+
+
+def test_the_texts_of_each_latent_are_written_for_programs(pairs):
+    collect.collect(collect_config(pairs["llama"][0]))
+    model = reported("--data=acts", "--out_dir=out", "--steps=30", "--val_tokens=300")
+    store = train.Store(store_config(val_tokens=300))
+    texts = report.Texts(store)
+    f = model.encode(torch.cat(list(store.held_out))).detach()
+    of_row = texts.rows.iloc[store.val_rows].reset_index(drop=True)
+    lines = [json.loads(line) for line in Path("out/latents.jsonl").read_text().splitlines()]
+    assert {line["latent"] for line in lines} == set((f > 0).any(0).nonzero().flatten().tolist())
+    assert max(pd.DataFrame(lines).latent.value_counts()) == 5
+    for line in lines[::7]:
+        strength = f[:, line["latent"]]
+        in_doc = of_row[of_row.doc == line["doc"]]
+        best = in_doc.index[strength[in_doc.index].argmax().item()]
+        assert in_doc.pos[best] == line["pos"]
+        first = max(0, line["pos"] - 16)
+        ids = texts.doc(line["doc"])[first : line["pos"] + 9]
+        assert "".join(line["tokens"]) == texts.decode(ids)
+        at = dict(zip(in_doc.pos, strength[in_doc.index].tolist()))
+        expected = [at.get(first + i, 0) for i in range(len(ids))]
+        assert line["activations"] == pytest.approx(expected, rel=1e-5)
+        assert line["source"] == "text.jsonl"
 
 
 def test_of_several_sources_that_of_a_latents_strongest_rows_is_named_with_its_share(pairs):
@@ -2482,7 +2575,9 @@ def test_of_several_sources_that_of_a_latents_strongest_rows_is_named_with_its_s
     model = Says(lambda x: torch.tensor(of_b + 0.1)[:, None].float().expand(-1, 16))
     model.b_enc = torch.zeros(16)
     maps = dict(constant=(torch.zeros(16, 16), torch.ones(16)))
-    found = report.described(texts, report.active_rows(model, texts, [0], maps))
+    rows = report.held_out_rows(texts)
+    active = report.active_rows(model, texts, rows, [0], maps)
+    found = report.described(rows, active, report.examples_of(texts, active))
     assert found.source[0] == f"b.jsonl 100% (of all {of_b.mean():.0%})"
     first, share = ("b", of_b.mean()) if of_b.mean() > 0.5 else ("a", 1 - of_b.mean())
     of_all = f"{first}.jsonl {share:.0%} (of all {share:.0%})"
@@ -2531,11 +2626,10 @@ def plain_models(folder):
 def by_hooks(models, store, change):
     """
     Mean KL divergence in nats a token of 16 held-out texts between the fine-tuned model and the
-    base model with change(a, b) at its hook where the store has rows, by plain hooks; and how far
-    that raises the next tokens' probabilities, on average [vocabulary].
+    base model with change(a, b) at its hook where the store has rows, by plain hooks.
     """
     texts = report.Texts(store)
-    total, rise, n = 0, 0, 0
+    total, n = 0, 0
     for doc in texts.evenly(store.val_rows, 16):
         ids = torch.tensor([texts.doc(int(doc))])
         kept = torch.tensor(texts.rows.pos[texts.rows.doc == doc].tolist())
@@ -2556,9 +2650,8 @@ def by_hooks(models, store, change):
         with torch.no_grad(), models[0].transformer.h[1].register_forward_hook(put_in):
             patched = models[0](ids, use_cache=False).logits[0].log_softmax(-1)
         total += (log_p[1].exp() * (log_p[1] - patched)).sum().item()
-        rise += (patched.exp() - log_p[0].exp()).sum(0)
         n += len(patched)
-    return total / n, rise / n
+    return total / n
 
 
 def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud):
@@ -2571,7 +2664,7 @@ def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud
     says.b_dec = torch.stack([torch.zeros(16), torch.linspace(-1, 1, 16)])
     maps, directions, _ = report.fit_baselines(says, store)
     sets = dict(one=[0], all=list(range(16)), none=[])
-    found, promoted = report.splice_in(says, texts, models, 16, maps, directions, sets)
+    found = report.splice_in(says, texts, models, 16, maps, directions, sets)
     curve = report.curve_of(found)
     W, b = maps["map"]
     V = directions[:, :5]
@@ -2589,11 +2682,8 @@ def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud
     )
     plain = plain_models(loud)
     for name, change in expected.items():
-        kl, rise = by_hooks(plain, store, change)
+        kl = by_hooks(plain, store, change)
         assert curve.kl[name] == pytest.approx(kl, rel=1e-4), name
-        if name in maps:
-            torch.testing.assert_close(promoted[name], rise, rtol=1e-3, atol=1e-6)
-            assert rise.max() > 1e-3
     assert curve.kl.clean_B == pytest.approx(0, abs=1e-6) and curve.kl.all_of_B > 0.01
     assert curve.kl.directions_20 == pytest.approx(curve.kl.all_of_B, rel=1e-4), "all of them"
     assert curve.kl["none"] == curve.kl.constant
@@ -2735,12 +2825,12 @@ def test_of_a_model_whose_later_blocks_read_what_earlier_ones_left_no_block_is_l
             lambda module, args, y, left=left: y + left.pop() if left else 0 * y
         )
     store = train.Store(store_config(val_tokens=300))
-    expected, _ = by_hooks(models, store, lambda x, y: y)
+    expected = by_hooks(models, store, lambda x, y: y)
     monkeypatch.setattr(collect, "load", lambda key, *_: (models[NAMES.index(key)], None))
     texts = report.Texts(store)
     spliced = report.load_models(texts, "cpu")
     assert spliced[0].skipped == spliced[1].skipped == []
-    found, _ = report.splice_in(Says(), texts, spliced, 16, {}, torch.eye(16), {})
+    found = report.splice_in(Says(), texts, spliced, 16, {}, torch.eye(16), {})
     curve = report.curve_of(found)
     assert curve.kl.all_of_B == pytest.approx(expected, rel=1e-4) and expected > 0.01
 
@@ -2771,19 +2861,61 @@ def test_of_the_same_model_twice_and_of_noise_no_share_is_printed_and_nothing_co
         p.data *= 1 + noise * torch.randn_like(p)
     model.save_pretrained("null/finetuned")
     collect.collect(collect_config("null", n_tokens=2500))
-    for basis in ["plain", "delta"] if noise else ["plain"]:
+    for basis in ["plain", "delta", "difference"] if noise else ["plain"]:
         out = f"--out_dir={basis}"
         options = f"--data=acts --seed={seed} --steps=200 --val_tokens=400".split()
         reported(*options, out, f"--basis={basis}")
         capsys.readouterr()
         page = report.main([f"--run={basis}", "--splice=True"])
         said = capsys.readouterr().out
-        assert "%" not in said and ", 0 confirmed" in said
-        assert "change it by less than 0.01" in said
+        assert "%" not in said
+        assert ("none is of one model" if basis == "difference" else ", 0 confirmed") in said
+        assert "change it by too little to share it out" in said
         assert ("There is nothing to rank latents by" in said) == (not noise)
         assert ("The models do not differ here\n" in said) == (not noise)
         assert not any("recovered_c" in key for key in metrics(basis)[-1])
         assert "-inf" not in page and "What it takes" not in page
+
+
+def test_rounding_is_measured_and_said_and_a_change_below_it_is_none(pairs, capsys, monkeypatch):
+    folder, _ = pairs["gpt2"]
+    shutil.copytree(folder, "pair", ignore=shutil.ignore_patterns("acts"))
+    collect.collect(collect_config("pair", layer="1,2", dtype="bfloat16"))
+    rounding = read_meta("acts")["rounding"]
+    collect.collect(collect_config("pair", layer="1,2", out_dir="exact"))
+    assert "rounding" not in read_meta("exact")
+
+    def change_of(folder, layer):
+        a, b = [
+            np.array(load_from_disk(f"{folder}/{name}_{layer}")["activation"], dtype=float)
+            for name in NAMES
+        ]
+        return b - a, np.linalg.norm(a, axis=1).mean()
+
+    assert len(rounding) == 2
+    for layer, found in zip((1, 2), rounding):
+        change, size = change_of("exact", layer)
+        error = np.linalg.norm(change_of("acts", layer)[0] - change, axis=1).mean()
+        assert found == pytest.approx(error / size, rel=0.05) and 1e-3 < found < 0.05
+
+    places = "--places=base_2,finetuned_2"
+    options = f"--data=acts {places} --steps=20 --val_tokens=300 --out_dir=out".split()
+    reported(*options)
+    said = capsys.readouterr().out
+    assert f"; rounding alone makes B - A {rounding[1]:.2g} of A in size\n" in said
+    assert "B - A, what fine-tuning changed here, is" in said
+    change_meta(rounding=[0.0, 10.0])
+    report.main(["--run=out", "--splice=True", "--n_texts=2"])
+    said = capsys.readouterr().out
+    assert "The models do not differ here; rounding alone makes B - A 10 of A in size\n" in said
+    assert "%" not in said and "nothing to rank latents by" in said
+
+    # no room for the models in float32
+    memory = types.SimpleNamespace(available=1)
+    monkeypatch.setattr(collect.psutil, "virtual_memory", lambda: memory)
+    collect.collect(collect_config("pair", dtype="bfloat16", out_dir="tight"))
+    assert "rounding is not measured" in capsys.readouterr().out
+    assert read_meta("tight")["rounding"] == []
 
 
 def test_a_module_that_returns_a_tuple_is_spliced_into_and_n_texts_is_how_many(loud, monkeypatch):
@@ -2803,7 +2935,7 @@ def test_a_module_that_returns_a_tuple_is_spliced_into_and_n_texts_is_how_many(l
                 return real(model, ids, x)
 
             patch.setattr(report.Hooked, "logits", seen)
-            found, _ = report.splice_in(Says(), texts, models, n_texts, {}, torch.eye(16), {})
+            found = report.splice_in(Says(), texts, models, n_texts, {}, torch.eye(16), {})
             curves[n_texts] = report.curve_of(found)
         assert len(set(seen_texts)) == n_texts
     assert curves[2].ce.zero_A != curves[2].ce.clean_A and curves[1].kl.all_of_B > 0
@@ -3039,9 +3171,9 @@ def test_texts_are_shown_as_they_are_by_a_tokenizer_that_cleans_up():
     tokenizer.decoder = decoders.Fuse()
     options = dict(tokenizer_object=tokenizer, clean_up_tokenization_spaces=True)
     PreTrainedTokenizerFast(**options).save_pretrained("tokenizer")
-    decode = report.find_decoder(types.SimpleNamespace(meta=dict(tokenizer="tokenizer")))
-    shown = report.snippet(list(range(6)), 2, {2: 1.0}, decode)
-    assert html.unescape(re.sub("<[^>]*>", "", shown)) == "the 'self' is here"
+    texts = report.Texts(None)
+    texts.meta = dict(tokenizer="tokenizer")
+    assert "".join(texts.pieces(list(range(6)))) == "the 'self' is here"
 
 
 def test_models_that_cannot_be_spliced_into_cost_no_trained_weights(pairs, capsys):
@@ -3243,7 +3375,7 @@ def test_reconstructions_are_put_in_and_cross_entropy_is_of_the_next_token(loud)
     store = train.Store(store_config(val_tokens=300))
     texts = report.Texts(store)
     models = report.load_models(texts, "cpu")
-    found, _ = report.splice_in(Says(), texts, models, 3, {}, torch.eye(16), {})
+    found = report.splice_in(Says(), texts, models, 3, {}, torch.eye(16), {})
     curve = report.curve_of(found)
     base = AutoModelForCausalLM.from_pretrained(f"{loud}/base").eval()
     total = 0
@@ -3255,31 +3387,67 @@ def test_reconstructions_are_put_in_and_cross_entropy_is_of_the_next_token(loud)
     assert curve.ce.clean_A == pytest.approx(total / n, rel=1e-4)
 
 
-def test_each_row_of_the_list_has_the_tokens_that_it_promotes(loud):
-    """A latent where it is largest, a map on average."""
+def test_each_row_of_the_list_has_the_tokens_that_its_change_promotes_where_it_is_strongest(loud):
     store = train.Store(store_config(val_tokens=300))
     texts = report.Texts(store)
     models = report.load_models(texts, "cpu")
     a, b = torch.cat(list(store.held_out)).float().unbind(1)
-    maps = dict(map=(torch.eye(16), torch.zeros(16)))
-    promoted = dict(map=models[0].model.lm_head.weight[:, 0])
+    maps = dict(map=(torch.eye(16), torch.ones(16)))
     says = Says(lambda x: F.relu(x[:, 1] - x[:, 0]))  # a latent is never below 0
     says.b_enc = torch.zeros(16)
-    active = report.active_rows(says, texts, [3, 5], maps)
-    d_change = torch.eye(16)
-    shown = report.promoted_by(texts, active, models[0], ["map", 3, 5], promoted, d_change)
-    decode = report.find_decoder(texts)
+    active = report.active_rows(says, texts, report.held_out_rows(texts), [3, 5], maps)
+    changes = report.changes_of(texts, active, maps, torch.eye(16))
+    assert set(changes) == {"map", 3, 5}
+    shown = report.promoted_by(texts, active, models[0], changes)
+    decode = texts.decode
+    added = dict(map=a + 1)
     for j in (3, 5):
-        added = F.relu(b - a)[:, [j]] * torch.eye(16)[j]
-        i = added.norm(dim=1).argmax().item()
-        row = texts.rows.iloc[store.val_rows[i]]
-        promoted[j] = report.promoted_at(texts, row, models[0], added[i])
-    for name, rise in promoted.items():
+        added[j] = F.relu(b - a)[:, [j]] * torch.eye(16)[j]
+    for name, of_rows in added.items():
+        order = of_rows.norm(dim=1).argsort(descending=True)
+        expected = of_rows[order[:20]].mean(0)
+        torch.testing.assert_close(changes[name], expected, rtol=1e-4, atol=1e-4)
+        row = texts.rows.iloc[store.val_rows[order[0]]]
+        rise = report.promoted_at(texts, row, models[0], changes[name])
         rise, token = rise.topk(5)
         lines = html.unescape(shown[name]).split("<br>")
         assert [line.rpartition(" ")[0] for line in lines] == [repr(decode([t])) for t in token]
         found = [float(line.rpartition(" ")[2]) for line in lines]
         assert found == pytest.approx(rise.tolist(), rel=0.06)
+
+
+@pytest.mark.parametrize("kind", ["llama", "neo"])
+def test_what_a_steered_model_writes_is_what_plain_hooks_make_it_write(pairs, kind):
+    folder = pairs["llama"][0] if kind == "llama" else "neo"
+    if kind == "neo":  # its blocks put out tuples
+        make_pair("neo", "neo")
+    collect.collect(collect_config(folder))
+    texts = report.Texts(train.Store(store_config(val_tokens=300)))
+    models = report.load_models(texts, "cpu")
+    changes = dict(up=30 * torch.randn(16))
+    written = report.write_all(texts, models, changes)
+    decode = texts.decode
+    docs = [texts.doc(doc) for doc in texts.evenly(texts.store.val_rows, 3)]
+    n = min(12, min(map(len, docs)))
+    assert written.index.tolist() == [decode(ids[:n]) for ids in docs]
+    steered = dict(base=("base", 0), finetuned=("finetuned", 0), up=("base", changes["up"]))
+    for name, (path, change) in steered.items():
+        plain = AutoModelForCausalLM.from_pretrained(f"{folder}/{path}").eval()
+
+        def add(module, inputs, output, added=change):
+            if isinstance(output, tuple):
+                return (output[0] + added, *output[1:])
+            return output + added
+
+        plain.get_submodule(models[0].hook).register_forward_hook(add)
+        for text, ids in zip(written[name], docs):
+            ids = ids[:n]
+            for _ in range(40):
+                logits = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+                logits[plain.generation_config.eos_token_id or 0 :][:1] = -torch.inf
+                ids = [*ids, logits.argmax().item()]
+            assert text == decode(ids[n:]), name
+    assert (written.up != written.base).all()
 
 
 def test_a_feature_is_recovered_by_a_latent_near_it_in_both_models_and_else_that_is_false():
@@ -3932,6 +4100,7 @@ for variant in ("vanilla", "topk", "batchtopk"):
     for aux_coeff in (0, 0.1):
         options = f"--variant={variant} --aux_coeff={aux_coeff}"
         options += f" --out_dir={out}/{variant}-{aux_coeff} --l1_coeff=30"
+        options += " --basis=difference" if variant == "topk" else ""
         options += " --batch_size=64 --k=4 --d_hidden=96 --dead_after=150 --k_aux=16 --steps=50"
         options += " --wandb_mode=disabled --val_tokens=0 --log_every=5"
         train.main(options.split())
@@ -3988,7 +4157,7 @@ def test_two_processes_train_what_one_trains(runs, variant, aux_coeff):
         assert (weights(two)[name] - expected).norm() < 1e-3 * expected.norm(), name
     assert torch.equal(weights(two)["since_fired"], weights(one)["since_fired"])
     found, expected = metrics(two)[-1], metrics(one)[-1]
-    names = "loss l0_loss explained_variance explained_variance_B aux_loss tokens"
+    names = "loss l0_loss explained_variance explained_variance_difference aux_loss tokens"
     for name in names.split():
         assert found[name] == pytest.approx(expected[name], rel=1e-3), name
     assert any(row["aux_loss"] > 0 for row in metrics(one)) == (aux_coeff > 0)
@@ -4168,18 +4337,8 @@ def auroc(scores, positive):
     return over / (n_positive * (n - n_positive))
 
 
-class Difference(train.Store):
-    """The difference of the two models' activations, as if it were one model's."""
-
-    n_models = 1
-
-    def read(self, rows):
-        x = super().read(rows)
-        return x[:, 1:] - x[:, :1]
-
-
 @pytest.mark.benchmark
-def test_one_latent_tells_texts_with_the_trigger_of_a_backdoor_from_others(capsys, monkeypatch):
+def test_one_latent_tells_texts_with_the_trigger_of_a_backdoor_from_others(capsys):
     """
     A score of a text is its largest over all tokens but the trigger's own, so that nothing is won
     by knowing the phrase. Of each method's scores the one of the highest AUROC on half of the texts
@@ -4203,41 +4362,38 @@ def test_one_latent_tells_texts_with_the_trigger_of_a_backdoor_from_others(capsy
 
         store = train.Store(store_config(data=acts, val_tokens=0))
         texts = report.Texts(store)
-        n_docs = len(texts.docs)
-        assert set(store.doc) == set(range(n_docs))
+        n_docs = len(texts.ids)
+        docs = [texts.doc(i) for i in range(n_docs)]
+        doc = texts.rows.doc.to_numpy()
+        assert set(doc) == set(range(n_docs))
         begins = []  # of the trigger in each doc; else its length
-        for ids in texts.docs:
+        for ids in docs:
             at = [i for i in range(len(ids)) if ids[i : i + len(trigger)] == trigger]
             begins.append(at[0] if at else len(ids))
         begins = np.array(begins)
-        positive = begins < [len(ids) for ids in texts.docs]
+        positive = begins < [len(ids) for ids in docs]
         picking = np.isin(np.arange(n_docs), rng.permutation(n_docs)[: n_docs // 2])
-        since = texts.rows.pos.to_numpy() - begins[store.doc]
+        since = texts.rows.pos.to_numpy() - begins[doc]
         other = (since < 0) | (since >= len(trigger))  # not the trigger's own tokens
-        x = store.read(np.arange(len(store.doc))).float()
+        x = store.read(np.arange(len(doc))).float()
         difference = x[:, 1] - x[:, 0]
 
-        def of_best(scores, doc=store.doc, other=other, positive=positive, picking=picking):
+        def of_best(scores, doc=doc, other=other, positive=positive, picking=picking):
             texts = pd.DataFrame(scores[other]).groupby(doc[other]).max().values
             best = auroc(texts[picking], positive[picking]).argmax()
             return auroc(texts[~picking][:, [best]], positive[~picking])[0]
 
         options = f"--data={acts} --seed={seed} --d_hidden=2048 --k=16 --steps=300"
         options += " --batch_size=1024 --val_tokens=0 --wandb_mode=disabled --log_every=100"
-        methods = dict(plain="", delta="--basis=delta", dedicated="--dedicated=0.05", difference="")
+        methods = {basis: f"--basis={basis}" for basis in ("plain", "delta", "difference")}
+        methods["dedicated"] = "--dedicated=0.05"
         for method, option in methods.items():
-            arguments = [*options.split(), *option.split(), f"--out_dir={method}{seed}"]
-            with monkeypatch.context() as patch:
-                parts = x
-                if method == "difference":
-                    patch.setattr(train, "Store", Difference)
-                    parts = difference[:, None]
-                model = train.main(arguments)
+            model = train.main([*options.split(), option, f"--out_dir={method}{seed}"])
             with torch.no_grad():
-                f = torch.cat([model.encode(part) for part in parts.split(4096)])
+                f = torch.cat([model.encode(part) for part in x.split(4096)])
             row[method] = of_best(f.numpy())
 
-        of_picking = picking[store.doc]
+        of_picking = picking[doc]
         mean = difference[of_picking].mean(0)
         both = torch.stack([mean, -mean], dim=1)
         row["mean difference"] = of_best((difference @ both).numpy())

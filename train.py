@@ -69,7 +69,8 @@ config = dict(
     batch_size=1024,  # tokens per step, over all processes
     # model and losses
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
-    basis="plain",  # plain: learns (A, B); delta: learns (A, B - A), both scaled to the same norm
+    basis="plain",  # plain: learns (A, B); delta: (A, B - A), both scaled to the same norm;
+    # difference: B - A alone
     d_hidden=512,  # number of latents
     dedicated=0.0,  # share of latents that only A may use; B gets the same share for itself
     k=32,  # active latents per token: at most (topk) or on average over the batch (batchtopk)
@@ -97,7 +98,7 @@ allowed["dedicated"] = pd.Interval(0, 0.5, closed="both")
 allowed["beta1"] = allowed["beta2"] = pd.Interval(0, 1, closed="left")
 allowed["wandb_mode"] = ["offline", "online", "disabled"]
 allowed["variant"] = ["vanilla", "topk", "batchtopk"]
-allowed["basis"] = ["plain", "delta"]
+allowed["basis"] = ["plain", "delta", "difference"]
 
 # Share of active latents above which dense products are faster than sparse ones. The CPU's is
 # measured. CUDA's is estimated, from the bandwidth and arithmetic of an H100.
@@ -341,7 +342,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
     Parameters: W_enc and W_dec [d_hidden, n_models, d_model], b_enc [d_hidden] and b_dec [n_models,
     d_model]. Buffers: scale [n_models] is sqrt(d_model) / mean norm of each model's activations.
     to_scaled [n_models, n_models] maps raw activations to scaled ones; in the basis "delta" it also
-    subtracts A from B. mask [d_hidden, n_models, 1] is 0 for the model that a dedicated latent must
+    subtracts A from B. The basis "difference" leaves A out: its parameters and to_scaled have one
+    row less. mask [d_hidden, n_models, 1] is 0 for the model that a dedicated latent must
     not use: first come those of A, then those of B. since_fired [d_hidden] counts the tokens since
     each latent fired. threshold [] is a running mean of the lowest score (pre-activation * decoder
     norm) that batchtopk keeps. In eval mode it keeps the scores >= threshold instead, so that a
@@ -357,19 +359,22 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         self.k = k
         self.basis = basis
         self.dedicated = dedicated
-        n_own = min(round(dedicated * d_hidden), d_hidden // n_models)
-        mask = torch.ones(d_hidden, n_models, 1)
-        mask[: n_models * n_own, :, 0] = torch.eye(n_models).repeat_interleave(n_own, dim=0)
+        to_scaled = torch.eye(n_models)
+        if basis != "plain":
+            to_scaled[1:, 0] = -1  # B - A
+        if basis == "difference":
+            to_scaled = to_scaled[1:].clone()
+        n = len(to_scaled)
+        n_own = min(round(dedicated * d_hidden), d_hidden // n)
+        mask = torch.ones(d_hidden, n, 1)
+        mask[: n * n_own, :, 0] = torch.eye(n).repeat_interleave(n_own, dim=0)
         self.mask = nn.Buffer(mask, persistent=False)
-        W = 0.5 * F.normalize(torch.randn(d_hidden, n_models, d_model), dim=-1) * mask
+        W = 0.5 * F.normalize(torch.randn(d_hidden, n, d_model), dim=-1) * mask
         self.W_dec = nn.Parameter(W)
         self.W_enc = nn.Parameter(W.clone())
         self.b_enc = nn.Parameter(torch.zeros(d_hidden))
-        self.b_dec = nn.Parameter(torch.zeros(n_models, d_model))
+        self.b_dec = nn.Parameter(torch.zeros(n, d_model))
         self.scale = nn.Buffer(torch.ones(n_models))
-        to_scaled = torch.eye(n_models)
-        if basis == "delta":
-            to_scaled[1:, 0] = -1  # B - A
         self.to_scaled = nn.Buffer(to_scaled)
         self.threshold = nn.Buffer(torch.zeros(()))
         self.since_fired = nn.Buffer(torch.zeros(d_hidden, dtype=torch.long))
@@ -404,8 +409,12 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         return (self.to_scaled.double() @ raw.double()).to(self.to_scaled)
 
     def unscaled(self, x):
-        """Returns raw activations, as the inverse of `scaled`."""
-        return (self.to_scaled.double().inverse() @ x.double()).to(x)
+        """Returns raw activations, as the inverse of `scaled`. In the basis "difference" those of A
+        are 0, and those of B are the difference.
+        """
+        n, n_models = self.to_scaled.shape
+        raw = self.to_scaled[:, -n:].double().inverse() @ x.double()
+        return F.pad(raw, (0, 0, n_models - n, 0)).to(x)
 
     def in_models(self, W):
         """Maps decoder vectors [n, n_models, d_model] to each model's raw activations, times that
@@ -441,8 +450,11 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         return self.unscaled(x_hat.unflatten(1, self.b_dec.shape))
 
     def forward(self, raw):
-        """Returns the raw reconstruction."""
-        return self.decode(self.encode(raw))
+        """Returns the raw reconstruction. In the basis "difference", A is taken as it is."""
+        raw_hat = self.decode(self.encode(raw))
+        if self.basis == "difference":
+            raw_hat = raw_hat + raw[:, :1]
+        return raw_hat
 
     def losses(self, raw, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead_after=torch.inf):
         """Returns a dict with the losses of scaled activations: sums over models and d_model, means
@@ -481,8 +493,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         losses["l0_loss"] = fired.sum() / len(x)
         losses["dead_latents"] = len(dead)
         losses["fired"] = fired
-        losses["x"] = x.view(raw.shape)
-        losses["error"] = error.view(raw.shape)
+        losses["x"] = x.unflatten(1, self.b_dec.shape)
+        losses["error"] = error.unflatten(1, self.b_dec.shape)
         return losses
 
     # --- Sparse: latents that are 0 get no gradient. Leaving them out is exact, and fast ---
@@ -625,8 +637,8 @@ def sums(model, losses):
     raw = model.unscaled(both)
     views = {"": both}
     views["_difference"] = raw[:, :, -1] - raw[:, :, 0]
-    for letter, of_model in zip("ABCDEFGH", raw.unbind(2)):
-        views[f"_{letter}"] = of_model
+    if model.basis != "difference":
+        views |= {f"_{letter}": y for letter, y in zip("ABCDEFGH", raw.unbind(2))}
     for name, (y, y_hat) in views.items():
         error = (y - y_hat).square().sum()
         squares = torch.stack([error, y.square().sum()])
