@@ -85,7 +85,7 @@ config = dict(
     seq_len=512,  # tokens of context; longer texts are cut into pieces of that length
     skip_positions=1,  # positions at the start of each text to drop: the first is an attention sink
     keep_special=True,  # keep special tokens, such as those of chat templates; never BOS or padding
-    max_norm_ratio=10.0,  # drop tokens whose norm is over so many times the median, in either model
+    max_norm_ratio=5.0,  # drop tokens whose norm is over so many times the median, in either model
     # system
     out_dir="acts",  # folder of the store
     texts_per_batch=8,  # rows of a forward pass

@@ -25,6 +25,7 @@ import sys
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
@@ -311,38 +312,70 @@ def attribution(crosscoder, texts, models, n_texts):
     return (total / n_tokens).cpu().numpy()
 
 
-def fit_baselines(crosscoder, store):
-    """Fits baselines for B - A to up to 50,000 training rows. Returns maps {name: (W [d_model,
-    d_model], bias [d_model])} that predict B - A as a @ W + bias: `map` by ridge regression,
-    `rank_1`, its part in its largest output direction, and `constant`, the difference of b_dec.
-    Also the singular vectors of B - A [d_model, d_model], by column, and the R^2 of `map` in the
-    first 8,192 held-out rows.
+def ridge(x, y, penalty):
+    """Returns W and bias of the ridge regression y = x @ W + bias [n_rows, d_out] on x [n_rows, d].
+    The penalty is in units of the mean variance of x.
     """
-    rows = np.sort(store.shuffled(0)[:50_000])
-    a, b = store.read(rows).to(crosscoder.scale).unbind(1)
-    change = b - a
-    centered = a - a.mean(0)
+    centered = x - x.mean(0)
     gram = centered.T @ centered
-    ridge = 0.01 * gram.diag().mean() * torch.eye(len(gram)).to(gram)
-    W = torch.linalg.solve(gram + ridge, centered.T @ change)
-    of_map = torch.linalg.eigh(W.T @ gram @ W)
-    written = of_map.eigenvectors[:, -1]
-    maps = dict(constant=(0 * W, decoder_change(crosscoder)[1]))
-    for name, weights in dict(rank_1=W @ written.outer(written), map=W).items():
-        maps[name] = weights, change.mean(0) - a.mean(0) @ weights
-    directions = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)
-    a, b = torch.cat(list(islice(store.held_out, 8))).to(a).unbind(1)
+    gram += penalty * gram.diag().mean() * torch.eye(len(gram)).to(gram)
+    W = torch.linalg.pinv(gram, hermitian=True) @ (centered.T @ y)  # x may be 0
+    return W, y.mean(0) - x.mean(0) @ W
+
+
+class Estimate(NamedTuple):
+    """An estimate of B - A: features[:, columns] @ W + bias. The features are "a", the activations
+    of the base model, "f", the latents, or "b-a", B - A itself.
+    """
+
+    features: str
+    columns: object
+    W: torch.Tensor
+    bias: torch.Tensor
+
+
+@torch.no_grad()
+def estimates_of(crosscoder, store, order):
+    """Returns {name: Estimate}. `order` are the latents, those of the largest effect first.
+    directions_n  the part of B - A in its n largest singular directions
+    constant      the difference of b_dec
+    map, rank_1   an affine map of A by ridge regression, and its part in one output direction
+    chosen_n      the constant, and the first n latents with their d_B - d_A; random_n: any n
+    refitted_n    the first n latents, with directions and a constant that are fitted to B - A
+    They are fitted to up to 50,000 training rows.
+    """
+    raw = store.read(np.sort(store.shuffled(0)[:50_000])).to(crosscoder.scale)
+    a, b = raw.unbind(1)
     change = b - a
-    error = F.mse_loss(a @ W + maps["map"][1], change)
-    r2 = 1 - error / change.var(0, correction=0).mean()
-    return maps, directions, r2.item()
+    every = slice(None)
+    estimates = {}
+    V = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)
+    for n in (1, 5, 20, 100):
+        estimates[f"directions_{n}"] = Estimate("b-a", every, V[:, :n] @ V[:, :n].T, 0)
+    W, bias = ridge(a, change, 0.01)
+    d_change, constant = decoder_change(crosscoder)
+    estimates["constant"] = Estimate("a", every, 0 * W, constant)
+    of_map = (a - a.mean(0)) @ W
+    written = torch.linalg.eigh(of_map.T @ of_map).eigenvectors[:, -1]
+    W_1 = W @ written.outer(written)
+    estimates["rank_1"] = Estimate("a", every, W_1, change.mean(0) - a.mean(0) @ W_1)
+    estimates["map"] = Estimate("a", every, W, bias)
+    random = np.random.default_rng(0).permutation(order)
+    sets = {f"chosen_{n}": order[:n] for n in (1, 5, 20, 100)}
+    sets |= {f"random_{n}": random[:n] for n in (20, 100)} | dict(chosen_all=order)
+    for name, latents in sets.items():
+        estimates[name] = Estimate("f", latents, d_change[latents], constant)
+    f = torch.cat([crosscoder.encode(part)[:, order[:100]] for part in raw.split(1024)])
+    for n in (20, 100):
+        W, bias = ridge(f[:, :n], change, 1e-6)
+        estimates[f"refitted_{n}"] = Estimate("f", order[:n], W, bias)
+    return estimates
 
 
-def patches(crosscoder, raw, maps, directions, sets):
+def patches(crosscoder, raw, estimates):
     """Yields patches for raw activations [n_rows, model, d_model], as (name, model to patch, number
     of active latents summed over rows, values [n_rows, d_model]). Both models get their own values
-    (clean), their reconstructions (spliced) and zeros. The base also gets estimates of B: by
-    directions of B - A (each counts as a latent), a map of A, or the constant and some latents.
+    (clean), their reconstructions (spliced) and zeros. The base also gets B, and estimates of it.
     """
     raw_hat = crosscoder(raw)
     for m, letter in [(1, "B"), (0, "A")]:
@@ -351,29 +384,19 @@ def patches(crosscoder, raw, maps, directions, sets):
         yield f"zero_{letter}", m, 0, 0 * raw[:, m]
     a, b = raw.unbind(1)
     yield "all_of_B", 0, b.numel(), b
-    for n in (1, 5, 20, 100):
-        V = directions[:, :n]
-        yield f"directions_{n}", 0, n * len(a), a + (b - a) @ V @ V.T
-    for name, (W, bias) in maps.items():
-        yield name, 0, 0, a + a @ W + bias
-    f = crosscoder.encode(raw)
-    d_change, constant = decoder_change(crosscoder)
-    for name, latents in sets.items():
-        active = (f[:, latents] > 0).sum().item()
-        change = f[:, latents] @ d_change[latents]
-        yield name, 0, active, a + constant + change
-
-
-def sets_of(order):
-    """Returns sets {name: latents}: the first n latents in that order, n random ones, and all."""
-    random = np.random.default_rng(0).permutation(order)
-    sets = {f"chosen_{n}": order[:n] for n in (1, 5, 20, 100)}
-    sets |= {f"random_{n}": random[:n] for n in (20, 100)}
-    return sets | dict(chosen_all=order)
+    features = {"a": a, "f": crosscoder.encode(raw), "b-a": b - a}
+    for name, (of, columns, W, bias) in estimates.items():
+        y = features[of][:, columns]
+        active = 0
+        if of == "f":
+            active = (y > 0).sum().item()
+        if of == "b-a":  # as many as directions: the trace of a projection
+            active = len(y) * round(W.trace().item())
+        yield name, 0, active, a + y @ W + bias
 
 
 @torch.no_grad()
-def splice_in(crosscoder, texts, models, n_texts, maps, directions, sets):
+def splice_in(crosscoder, texts, models, n_texts, estimates):
     """Patches n_texts held-out texts, at the positions that the store has, by each of `patches`.
     Returns a DataFrame with a row for each text and patch: text (its number), source, name (of the
     patch), and sums over the text: l0 (active latents, or directions), ce and kl (cross-entropy and
@@ -387,7 +410,7 @@ def splice_in(crosscoder, texts, models, n_texts, maps, directions, sets):
     for text, (source, (ids, kept, raw)) in enumerate(zip(sources, read)):
         n = ids.numel()
         of_text = dict(text=text, source=source, n_l0=len(kept), n_ce=n - 1, n_kl=n)
-        for name, m, active, values in patches(crosscoder, raw[kept], maps, directions, sets):
+        for name, m, active, values in patches(crosscoder, raw[kept], estimates):
             patched = raw[:, m].index_copy(0, kept, values)
             logits = models[m].logits(ids, patched)
             log_p = torch.log_softmax(logits, -1, out=logits)  # in place: fresh memory is slow
@@ -464,6 +487,7 @@ COLUMNS = dict(  # of the list of latents, each with what it means
     zero="patch: zeros",
     all_of_B="patch: B's activation, put into A; what that takes away of the KL divergence is 100%",
     chosen_n="patch: the constant and the first n latents, put into A; random_n: any n",
+    refitted_n="patch: the same with directions and a constant that are fitted to B - A",
     directions_n="patch: the part of B - A in its n largest singular directions, put into A",
     l0="active latents, or directions, per patched token",
 )
@@ -473,6 +497,7 @@ EXPLAINED = dict(  # estimates of B that the page shows as bars; * needs B's act
     rank_1="a vector whose strength an affine map reads from A",
     map="an affine map of A",
     chosen_20="the constant and 20 latents *",
+    refitted_20="the same 20 latents, with directions that are fitted to B - A *",
     chosen_100="the constant and 100 latents *",
     chosen_all="the constant and all latents *",
     directions_20="20 singular directions of B - A *",
@@ -504,7 +529,7 @@ def active_rows(model, texts, held_out, latents, maps):
         row, name = f.nonzero()
         parts.append(pd.DataFrame(dict(name=name, row=n + row, strength=f[row, name])))
         a = raw[:, 0].to(model.b_dec)
-        for name, (W, bias) in maps.items():
+        for name, (_, _, W, bias) in maps.items():
             strength = (a @ W + bias).norm(dim=1).cpu().numpy()
             row = n + np.arange(len(a))
             parts.append(pd.DataFrame(dict(name=name, row=row, strength=strength)))
@@ -525,14 +550,13 @@ def examples_of(texts, active):
     examples = []
     keys = ["name", "doc", "source", "pos"]
     for values, of_text in near.groupby(keys, sort=False):
-        example = dict(zip(keys, values))
-        first = max(0, example["pos"] - 16)
-        ids = texts.doc(example["doc"])[first : example["pos"] + 9]
+        _, doc, _, pos = values
+        first = max(0, pos - 16)
+        ids = texts.doc(doc)[first : pos + 9]
         activations = np.zeros(len(ids))
         activations[of_text.pos_near - first] = of_text.strength_near
-        example |= dict(tokens=texts.pieces(ids), activations=activations.tolist())
-        examples.append(example)
-    return pd.DataFrame(examples)
+        examples.append([*values, texts.pieces(ids), activations.tolist()])
+    return pd.DataFrame(examples, columns=[*keys, "tokens", "activations"])
 
 
 def described(held_out, active, examples):
@@ -545,8 +569,7 @@ def described(held_out, active, examples):
     shown = {name: f'<div class="texts">{"<br>".join(y)}</div>' for name, y in lines.items()}
     shown = pd.DataFrame(dict(texts=shown))
 
-    rank = active.groupby("name").strength.rank(method="min", ascending=False)
-    strongest = active[rank <= 20]  # and ties: the constant is alike in all rows
+    strongest = active.groupby("name").head(20)
     share = pd.crosstab(strongest.name, strongest.source, normalize="index")
     if held_out.source.nunique() > 1:
         usual = held_out.source.value_counts(normalize=True)
@@ -579,7 +602,7 @@ def changes_of(texts, active, maps, d_change):
     changes = {}
     for name, rows in active.groupby("name", sort=False).head(20).groupby("name", sort=False):
         if name in maps:
-            W, bias = maps[name]
+            _, _, W, bias = maps[name]
             raw = texts.store.read(np.sort(texts.store.val_rows[rows.row]))
             changes[name] = (raw[:, 0].to(W) @ W + bias).mean(0)
         else:
@@ -689,7 +712,8 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
             said.append(f"{start}; B's activations here take away {part:.0%} of it")
             line = f"Of these {part:.0%}: constant {share['constant']}, one direction "
             line += f"{share['rank_1']}, affine map {share['map']}; with the constant 20 latents "
-            line += f"{share['chosen_20']}, 100 {share['chosen_100']}, all {share['chosen_all']}"
+            line += f"{share['chosen_20']} (refitted {share['refitted_20']}), "
+            line += f"100 {share['chosen_100']}, all {share['chosen_all']}"
             said.append(line)
         else:
             too_little = "B's activations here change it by too little to share it out"
@@ -733,7 +757,7 @@ def pictures(table, rows, curve, path):
         for axes, label in zip(above, labels):
             axes.set(yscale="symlog", ylabel="latents", xlabel=label)
         if "recovered" in curve:
-            for name in ("chosen", "random", "directions"):
+            for name in ("chosen", "refitted", "random", "directions"):
                 line = curve.filter(like=name, axis=0)
                 above[3].plot(line.l0, line.recovered, marker="o", label=f"{name} *")
             for name, line in {"constant": ":", "rank_1": "-.", "map": "--"}.items():
@@ -834,9 +858,9 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     table = table.sort_values(table.columns[0], ascending=False, kind="stable")
     train.write_atomically(out / "latents.csv", table.rename_axis("latent").to_csv)
     if splice:
-        maps, directions, row["map_r2"] = fit_baselines(model, data)
-        sets = sets_of(table.index)
-        found = splice_in(model, texts, models, n_texts, maps, directions, sets)
+        estimates = estimates_of(model, data, table.index)
+        maps = {name: estimates[name] for name in ("rank_1", "map")}
+        found = splice_in(model, texts, models, n_texts, estimates)
         curve = curve_of(found)
         if row["relative_difference"] <= row["rounding"]:
             curve = curve[["l0", "ce", "kl"]]
@@ -871,14 +895,16 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
             changes = changes_of(texts, active[active.name.isin(names)], maps, d_change)
             shown["promoted"] = pd.Series(promoted_by(texts, active, models[0], changes))
         if "recovered" in curve and generate:
-            del changes["map"]
-            names = set(changes).difference(table.index[10:])
-            written = write_all(texts, models, {name: changes[name] for name in names})
+            steered = dict(constant=estimates["constant"].bias, rank_1=changes["rank_1"])
+            for name in table.index[:10].intersection(list(changes)):
+                steered[name] = changes[name]
+            written = write_all(texts, models, steered)
             of_models = ["base", "finetuned", "constant", "rank_1"]
             above["What the models write"] = to_html(written[of_models])
             shown["writes"] = ""
             for name, of_name in written.drop(columns=of_models).items():
-                hover = f'title="norm of the change: {changes[name].norm():.3g}"'
+                size = f"{changes[name].norm():.3g}"
+                hover = f'title="a change of norm {size} is added to the base at every position"'
                 lines = [f"{prompt} → {text}" for prompt, text in of_name.items()]
                 lines = "<br>".join(map(html.escape, lines))
                 shown.loc[name, "writes"] = folded({"writes": lines}, hover)

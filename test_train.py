@@ -1407,7 +1407,7 @@ def test_rows_too_large_for_float16_are_divided_by_a_power_of_two_and_spliced_in
     given = {name: f"{folder}/{name}" for name in NAMES} | dict(hook="transformer.h.1")
     collect.collect(collect_config(folder, **given))
     meta = read_meta("acts")
-    assert not meta["dropped"]["over_float16"] and meta["divided_by"] > 16
+    assert not meta["dropped"]["over_float16"] and meta["divided_by"] > 8
     assert np.log2(meta["divided_by"]) % 1 == 0
     x = np.array(load_from_disk("acts/base")["activation"], dtype=np.float64) * meta["divided_by"]
     assert np.linalg.norm(x, axis=1).mean() > 65504
@@ -1415,7 +1415,7 @@ def test_rows_too_large_for_float16_are_divided_by_a_power_of_two_and_spliced_in
     store = train.Store(store_config(val_tokens=300))
     texts = report.Texts(store)
     models = report.load_models(texts, "cpu")
-    found = report.splice_in(Says(), texts, models, 2, {}, torch.eye(16), {})
+    found = report.splice_in(Says(), texts, models, 2, {})
     curve = report.curve_of(found)
     assert curve.kl.spliced_B == pytest.approx(0, abs=1e-3), "its own rows, put back"
 
@@ -2574,14 +2574,10 @@ def test_of_several_sources_that_of_a_latents_strongest_rows_is_named_with_its_s
     of_b = np.array(load_from_disk("acts/docs")["source"])[rows.doc] == "b.jsonl"
     model = Says(lambda x: torch.tensor(of_b + 0.1)[:, None].float().expand(-1, 16))
     model.b_enc = torch.zeros(16)
-    maps = dict(constant=(torch.zeros(16, 16), torch.ones(16)))
     rows = report.held_out_rows(texts)
-    active = report.active_rows(model, texts, rows, [0], maps)
+    active = report.active_rows(model, texts, rows, [0], {})
     found = report.described(rows, active, report.examples_of(texts, active))
     assert found.source[0] == f"b.jsonl 100% (of all {of_b.mean():.0%})"
-    first, share = ("b", of_b.mean()) if of_b.mean() > 0.5 else ("a", 1 - of_b.mean())
-    of_all = f"{first}.jsonl {share:.0%} (of all {share:.0%})"
-    assert found.source["constant"] == of_all, "it is alike in every row: no 20 are its strongest"
 
 
 def html_of(token):
@@ -2662,13 +2658,14 @@ def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud
     assert models[0].skipped == models[1].skipped == blocks, "where all of their output is put in"
     says = Says()
     says.b_dec = torch.stack([torch.zeros(16), torch.linspace(-1, 1, 16)])
-    maps, directions, _ = report.fit_baselines(says, store)
-    sets = dict(one=[0], all=list(range(16)), none=[])
-    found = report.splice_in(says, texts, models, 16, maps, directions, sets)
-    curve = report.curve_of(found)
-    W, b = maps["map"]
-    V = directions[:, :5]
     constant = says.b_dec[1]
+    estimates = report.estimates_of(says, store, np.arange(16))
+    for name, latents in dict(one=[0], all=list(range(16)), none=[]).items():
+        estimates[name] = report.Estimate("f", latents, torch.eye(16)[latents], constant)
+    found = report.splice_in(says, texts, models, 16, estimates)
+    curve = report.curve_of(found)
+    _, _, W, b = estimates["map"]
+    V_V = estimates["directions_5"].W
     one = torch.eye(16)[0]
     expected = dict(
         clean_A=lambda x, y: x,
@@ -2676,7 +2673,7 @@ def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud
         zero_A=lambda x, y: 0 * x,
         constant=lambda x, y: x + constant,  # b_dec's difference
         map=lambda x, y: x + x @ W + b,
-        directions_5=lambda x, y: x + (y - x) @ V @ V.T,
+        directions_5=lambda x, y: x + (y - x) @ V_V,
         one=lambda x, y: x + constant + (y - x) * one,
         all=lambda x, y: y + constant,
     )
@@ -2721,9 +2718,7 @@ def test_attribution_is_the_slope_of_divergence_along_each_latent(loud):
         assert found[j].item() == pytest.approx(slope / n_tokens, rel=0.02, abs=1e-5)
 
 
-def test_baselines_find_a_planted_affine_change_its_one_direction_and_its_singular_vectors(
-    monkeypatch,
-):
+def test_baselines_find_a_planted_affine_change_its_one_direction_and_its_singular_vectors():
     rng = np.random.default_rng(0)
     a = rng.standard_normal((4000, 16)) * 3 + 5
     read, written = rng.standard_normal((2, 16))
@@ -2732,24 +2727,18 @@ def test_baselines_find_a_planted_affine_change_its_one_direction_and_its_singul
         change = a @ W + 2
         write_store("acts", np.stack([a, a + change]).astype(np.float32))
         store = train.Store(store_config(val_tokens=500))
-        maps, directions, r2 = report.fit_baselines(Says(), store)
-        assert r2 > 0.999
-        rows = [raw + torch.tensor([[0.0], [5.0]]) for raw in store.held_out]
-        with monkeypatch.context() as patch:
-            patch.setattr(train.Store, "held_out", rows)
-            assert report.fit_baselines(Says(), store)[2] < r2 - 0.1, "its constant counts"
+        found = report.estimates_of(Says(), store, np.arange(16))
         U, size, V = np.linalg.svd(change[store.train_rows], full_matrices=False)
         n = 5 if size[4] > 1 else 1
-        cosine = np.abs((directions[:, :n].numpy() * V[:n].T).sum(0))
-        assert cosine.min() > 0.999
-        torch.testing.assert_close(directions @ directions.T, torch.eye(16), rtol=0, atol=1e-4)
+        expected = torch.from_numpy(V[:n].T @ V[:n]).float()
+        torch.testing.assert_close(found[f"directions_{n}"].W, expected, rtol=0, atol=1e-3)
     for name in ("map", "rank_1"):  # the change is of rank 1 and a constant
-        W, b = maps[name]
+        _, _, W, b = found[name]
         said = torch.from_numpy(a).float() @ W + b
         error = (said - torch.from_numpy(change)).norm() / np.linalg.norm(change)
         assert error < 0.02, name
-    assert torch.linalg.matrix_rank(maps["rank_1"][0], rtol=1e-3) == 1
-    assert not maps["constant"][0].any() and not maps["constant"][1].any()
+    assert torch.linalg.matrix_rank(found["rank_1"].W, rtol=1e-3) == 1
+    assert not found["constant"].W.any() and not found["constant"].bias.any()
 
 
 def test_the_list_the_verdict_and_the_curve_are_of_the_same_latents_in_one_order(loud, capsys):
@@ -2775,9 +2764,13 @@ def test_the_list_the_verdict_and_the_curve_are_of_the_same_latents_in_one_order
     assert sorted(table.index) == alive, "every one that is alive"
     assert table_of(page).index.tolist() == table.index.tolist()
     assert all(f"<th>{name}</th>" in page for name in ("constant", "rank_1", "map"))
-    share = {name: row[f"val/recovered_{name}"] for name in ("constant", "chosen_20", "map")}
+    share = {
+        name: row[f"val/recovered_{name}"]
+        for name in ("constant", "chosen_20", "map", "refitted_20")
+    }
     assert re.search(rf"constant {share['constant']:.0%} ± [0-9]+%, one direction", said)
-    assert re.search(rf"with the constant 20 latents {share['chosen_20']:.0%} ± [0-9]+%, 100", said)
+    first = rf"with the constant 20 latents {share['chosen_20']:.0%} ± [0-9]+% "
+    assert re.search(rf"{first}\(refitted {share['refitted_20']:.0%} ± [0-9]+%\), 100", said)
     of_layer = 1 - row["val/kl_all_of_B"] / row["val/kl_clean_A"]
     assert f"take away {of_layer:.0%} of it\nOf these {of_layer:.0%}: constant" in said
     assert "KL recovered" in page and "random" in page, "the picture"
@@ -2830,7 +2823,7 @@ def test_of_a_model_whose_later_blocks_read_what_earlier_ones_left_no_block_is_l
     texts = report.Texts(store)
     spliced = report.load_models(texts, "cpu")
     assert spliced[0].skipped == spliced[1].skipped == []
-    found = report.splice_in(Says(), texts, spliced, 16, {}, torch.eye(16), {})
+    found = report.splice_in(Says(), texts, spliced, 16, {})
     curve = report.curve_of(found)
     assert curve.kl.all_of_B == pytest.approx(expected, rel=1e-4) and expected > 0.01
 
@@ -2935,7 +2928,7 @@ def test_a_module_that_returns_a_tuple_is_spliced_into_and_n_texts_is_how_many(l
                 return real(model, ids, x)
 
             patch.setattr(report.Hooked, "logits", seen)
-            found = report.splice_in(Says(), texts, models, n_texts, {}, torch.eye(16), {})
+            found = report.splice_in(Says(), texts, models, n_texts, {})
             curves[n_texts] = report.curve_of(found)
         assert len(set(seen_texts)) == n_texts
     assert curves[2].ce.zero_A != curves[2].ce.clean_A and curves[1].kl.all_of_B > 0
@@ -3355,19 +3348,34 @@ def test_confirmed_takes_both_nus_and_a_frequency_and_the_change_is_of_the_rows(
     assert (is_of_b == (table.relative_norm[is_of_b.index] > 0.5)).all(), "of which model"
 
 
-def test_the_sets_that_are_put_in_are_the_first_of_the_order_and_others_at_random():
+def test_the_sets_that_are_put_in_are_the_first_of_the_order_and_others_at_random(stores):
+    store = train.Store(store_config(data=stores["llama"], val_tokens=300))
+    model = crosscoder("topk", d_hidden=200, d_model=16).float()
     order = pd.Index(range(200))[::-1]
-    sets = report.sets_of(order)
-    assert sets["chosen_1"].tolist() == [199]
-    assert sets["chosen_5"].tolist() == [199, 198, 197, 196, 195]
-    assert sets["chosen_all"].tolist() == order.tolist()
-    assert len(set(sets["random_20"])) == 20 and set(sets["random_20"]) != set(sets["chosen_20"])
+    found = report.estimates_of(model, store, order)
+    assert found["chosen_1"].columns.tolist() == [199]
+    assert found["chosen_5"].columns.tolist() == [199, 198, 197, 196, 195]
+    assert found["chosen_all"].columns.tolist() == order.tolist()
+    random = set(found["random_20"].columns)
+    assert len(random) == 20 and random != set(found["chosen_20"].columns)
+
+    # latents whose directions are fitted, by least squares
+    rows = np.sort(store.train_rows)
+    raw = store.read(rows).float()
+    X = F.pad(model.encode(raw).detach()[:, order[:20].tolist()], (0, 1), value=1.0).double()
+    W = np.linalg.lstsq(X.numpy(), (raw[:, 1] - raw[:, 0]).double().numpy(), rcond=1e-9)[0]
+    _, columns, found_W, bias = found["refitted_20"]
+    assert columns.tolist() == order[:20].tolist()
+    expected = X @ torch.from_numpy(W)
+    torch.testing.assert_close(
+        (X[:, :-1].float() @ found_W + bias), expected.float(), rtol=0.02, atol=0.02
+    )
 
 
 def test_reconstructions_are_put_in_and_cross_entropy_is_of_the_next_token(loud):
     model = crosscoder("topk")
     x = torch.randn(9, 2, 8).double()
-    found = {name: y for name, _, _, y in report.patches(model, x, {}, torch.eye(8).double(), {})}
+    found = {name: y for name, _, _, y in report.patches(model, x, {})}
     x_hat = model.eval()(x)
     assert_equal(found["spliced_A"], x_hat[:, 0])
     assert_equal(found["spliced_B"], x_hat[:, 1])
@@ -3375,7 +3383,7 @@ def test_reconstructions_are_put_in_and_cross_entropy_is_of_the_next_token(loud)
     store = train.Store(store_config(val_tokens=300))
     texts = report.Texts(store)
     models = report.load_models(texts, "cpu")
-    found = report.splice_in(Says(), texts, models, 3, {}, torch.eye(16), {})
+    found = report.splice_in(Says(), texts, models, 3, {})
     curve = report.curve_of(found)
     base = AutoModelForCausalLM.from_pretrained(f"{loud}/base").eval()
     total = 0
@@ -3392,7 +3400,7 @@ def test_each_row_of_the_list_has_the_tokens_that_its_change_promotes_where_it_i
     texts = report.Texts(store)
     models = report.load_models(texts, "cpu")
     a, b = torch.cat(list(store.held_out)).float().unbind(1)
-    maps = dict(map=(torch.eye(16), torch.ones(16)))
+    maps = dict(map=report.Estimate("a", slice(None), torch.eye(16), torch.ones(16)))
     says = Says(lambda x: F.relu(x[:, 1] - x[:, 0]))  # a latent is never below 0
     says.b_enc = torch.zeros(16)
     active = report.active_rows(says, texts, report.held_out_rows(texts), [3, 5], maps)
