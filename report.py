@@ -179,6 +179,23 @@ def latent_scaling(model, batches):
     return pd.DataFrame(nu.T.cpu(), columns=["nu_r", "nu_epsilon"])
 
 
+def latents_of(model, data, frequency, dead_after, n_rows):
+    """Returns `compare` with the columns of `latent_scaling` and with `confirmed`, the model that
+    alone has the latent, or "". For that it must fire in 20 of the n_rows held-out rows, or in 1%
+    if they are fewer than 2,000.
+    """
+    table = compare(model, frequency, dead_after)
+    table["confirmed"] = ""
+    if model.basis == "difference":
+        return table
+    table = table.join(latent_scaling(model, data.held_out))
+    least = min(20 / n_rows, 0.01)
+    is_confirmed = table.eval(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
+    own = np.where(table.relative_norm > 0.5, "fine-tuned", "base")
+    table["confirmed"] = np.where(is_confirmed, own, "")
+    return table
+
+
 def toy_score(toy, model, table):
     """Returns a DataFrame of counts by kind. A latent matches a feature if its cosine is > 0.9 in
     each model that has it. A feature is recovered if a latent of its kind matches it, and confirmed
@@ -365,7 +382,8 @@ def estimates_of(crosscoder, store, order):
     sets |= {f"random_{n}": random[:n] for n in (20, 100)} | dict(chosen_all=order)
     for name, latents in sets.items():
         estimates[name] = Estimate("f", latents, d_change[latents], constant)
-    f = torch.cat([crosscoder.encode(part)[:, order[:100]] for part in raw.split(1024)])
+    parts = [crosscoder.encode(part)[:, order[:100]] for part in raw.split(1024)]
+    f = torch.cat(parts)
     for n in (20, 100):
         W, bias = ridge(f[:, :n], change, 1e-6)
         estimates[f"refitted_{n}"] = Estimate("f", order[:n], W, bias)
@@ -430,7 +448,8 @@ def curve_of(found, weights=1):
     the drop by `all_of_B`, if that is at least 0.01.
     """
     names = ["l0", "ce", "kl"]
-    sums = found.select_dtypes("number").mul(weights, axis=0).groupby(found.name, sort=False).sum()
+    weighted = found.select_dtypes("number").mul(weights, axis=0)
+    sums = weighted.groupby(found.name, sort=False).sum()
     curve = sums[names] / sums[[f"n_{name}" for name in names]].to_numpy()
     gap = curve.kl.clean_A - curve.kl.all_of_B
     if gap >= 0.01:
@@ -555,8 +574,13 @@ def examples_of(texts, active):
         ids = texts.doc(doc)[first : pos + 9]
         activations = np.zeros(len(ids))
         activations[of_text.pos_near - first] = of_text.strength_near
-        examples.append([*values, texts.pieces(ids), activations.tolist()])
-    return pd.DataFrame(examples, columns=[*keys, "tokens", "activations"])
+        examples.append(values + (texts.pieces(ids), activations.tolist()))
+    return pd.DataFrame(examples, columns=keys + ["tokens", "activations"])
+
+
+def as_texts(lines):
+    """Returns HTML of lines of HTML, in a column that is wide enough for texts."""
+    return f'<div class="texts">{"<br>".join(lines)}</div>'
 
 
 def described(held_out, active, examples):
@@ -566,8 +590,7 @@ def described(held_out, active, examples):
     for example in examples.itertuples():
         shade = np.divide(example.activations, largest[example.name])
         lines.setdefault(example.name, []).append(shaded(example.tokens, shade))
-    shown = {name: f'<div class="texts">{"<br>".join(y)}</div>' for name, y in lines.items()}
-    shown = pd.DataFrame(dict(texts=shown))
+    shown = pd.DataFrame(dict(texts={name: as_texts(y) for name, y in lines.items()}))
 
     strongest = active.groupby("name").head(20)
     share = pd.crosstab(strongest.name, strongest.source, normalize="index")
@@ -616,7 +639,7 @@ def promoted_by(texts, active, base, changes):
     shown = {}
     for name, change in tqdm(changes.items(), desc="promoted tokens", delay=1, leave=False):
         rise, token = promoted_at(texts, strongest.loc[name], base, change).topk(5)
-        lines = [f"{texts.decode([t])!r} {y:+.2g}" for t, y in zip(token.tolist(), rise)]
+        lines = [f"{texts.decode([t])[:20]!r} {y:+.2g}" for t, y in zip(token.tolist(), rise)]
         shown[name] = "<br>".join(map(html.escape, lines))
     return shown
 
@@ -643,6 +666,10 @@ def write_all(texts, models, changes):
     """Returns what the models write after the beginnings of three held-out docs, as a DataFrame by
     prompt: base, finetuned, and the base model with each of `changes` {name: [d_model]}.
     """
+
+    def decode(ids):
+        return texts.decode(ids).replace("\n", "↵")
+
     prompts = [texts.doc(doc)[:12] for doc in texts.evenly(texts.store.val_rows, 3)]
     n = min(map(len, prompts))
     prompts = torch.tensor([ids[:n] for ids in prompts], device=models[0].language_model.device)
@@ -650,8 +677,8 @@ def write_all(texts, models, changes):
     steered |= {name: (models[0], change) for name, change in changes.items()}
     written = {}
     for name, (hooked, change) in tqdm(steered.items(), desc="generate", delay=1, leave=False):
-        written[name] = map(texts.decode, write(hooked, prompts, change).tolist())
-    return pd.DataFrame(written, index=map(texts.decode, prompts.tolist()))
+        written[name] = map(decode, write(hooked, prompts, change).tolist())
+    return pd.DataFrame(written, index=map(decode, prompts.tolist()))
 
 
 def held_out_rows(texts):
@@ -665,7 +692,8 @@ def held_out_rows(texts):
     rows = pd.DataFrame(torch.cat(parts).numpy(), columns=["change", "base"])
     if not texts.has_docs:
         return rows.assign(source="all")
-    return pd.concat([rows, texts.rows.iloc[texts.store.val_rows].reset_index(drop=True)], axis=1)
+    of_docs = texts.rows.iloc[texts.store.val_rows].reset_index(drop=True)
+    return pd.concat([rows, of_docs], axis=1)
 
 
 def by_group(rows, group):
@@ -673,6 +701,19 @@ def by_group(rows, group):
     groups = rows.groupby(group, observed=True)
     mean = groups[["change", "base"]].mean()
     return pd.DataFrame({"rows": groups.size(), "||B - A|| / ||A||": mean.change / mean.base})
+
+
+def add_splicing(by_source, found, can_share):
+    """Adds figures of splicing to the DataFrame by_source. can_share=False: no shares."""
+    for source, of_source in found.groupby("source", observed=True):
+        figures = curve_of(of_source)
+        by_source.loc[source, "texts"] = of_source.text.nunique()
+        by_source.loc[source, "CE of A"] = figures.ce.clean_A
+        by_source.loc[source, "CE of B"] = figures.ce.clean_B
+        by_source.loc[source, "KL"] = figures.kl.clean_A
+        if can_share and "recovered" in figures:
+            for name in ("constant", "chosen_20", "chosen_all"):
+                by_source.loc[source, f"{name} recovers"] = figures.recovered[name]
 
 
 def verdict(d_hidden, table, row, by_source, found, curve, spread):
@@ -751,7 +792,8 @@ def pictures(table, rows, curve, path):
             above[0].hist(relative_norm, bins=np.linspace(0, 1, 51), label=kind)
         above[0].legend(loc="upper left", fontsize=6)
         frequency = np.log10(table.frequency.replace(0, np.nan).astype(float))
-        above[1].hist(table.cosine.astype(float).dropna(), bins=np.linspace(-1, 1, 51))
+        cosine = table.cosine.astype(float).dropna()
+        above[1].hist(cosine, bins=np.linspace(-1, 1, 51))
         above[2].hist(frequency, bins=np.linspace(-6, 0, 51))
         labels = ["relative norm (0: base, 1: fine-tuned)", "cosine", "log10 of frequency"]
         for axes, label in zip(above, labels):
@@ -784,6 +826,18 @@ def folded(tables, attribute=""):
         table = f'<div class="wide">{table}</div>'
         lines += f"<details {attribute}><summary>{title}</summary>{table}</details>"
     return lines
+
+
+def as_html(written, changes):
+    """Returns {name: HTML} of write_all's texts. It unfolds, and says on hover what was added."""
+    shown = {}
+    for name, texts in written.items():
+        lines = [html.escape(f"{prompt} → {text}") for prompt, text in texts.items()]
+        hover = (
+            f"a change of norm {changes[name].norm():.3g} is added to the base at every position"
+        )
+        shown[name] = folded({"writes": as_texts(lines)}, f'title="{hover}"')
+    return shown
 
 
 def page_of(said, meta, above, latents, svg, below):
@@ -838,14 +892,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         layer = texts.meta["places"].index(data.names[0]) // 2
         row["rounding"] = max(1e-4, texts.meta["rounding"][layer])
     row = {key: float(y) for key, y in row.items() if np.isfinite(float(y))}
-    table = compare(model, frequency, dead_after)
-    table["confirmed"] = ""
-    if model.basis != "difference":
-        table = table.join(latent_scaling(model, data.held_out))
-        least = min(20 / len(held_out), 0.01)  # 20 rows, or 1% of fewer than 2,000
-        is_confirmed = table.eval(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
-        own = np.where(table.relative_norm > 0.5, "fine-tuned", "base")
-        table["confirmed"] = np.where(is_confirmed, own, "")
+    table = latents_of(model, data, frequency, dead_after, len(held_out))
 
     # what carries the change
     models = []
@@ -890,7 +937,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         train.write_atomically(out / "latents.jsonl", to_json)
         shown = described(held_out, active, examples)
         if "recovered" in curve:
-            names = [*maps, *table.index[:20].union(alone.index[:40], sort=False)]
+            names = table.index[:20].union(alone.index[:40], sort=False).union(list(maps))
             d_change, _ = decoder_change(model)
             changes = changes_of(texts, active[active.name.isin(names)], maps, d_change)
             shown["promoted"] = pd.Series(promoted_by(texts, active, models[0], changes))
@@ -900,33 +947,23 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
                 steered[name] = changes[name]
             written = write_all(texts, models, steered)
             of_models = ["base", "finetuned", "constant", "rank_1"]
-            above["What the models write"] = to_html(written[of_models])
-            shown["writes"] = ""
-            for name, of_name in written.drop(columns=of_models).items():
-                size = f"{changes[name].norm():.3g}"
-                hover = f'title="a change of norm {size} is added to the base at every position"'
-                lines = [f"{prompt} → {text}" for prompt, text in of_name.items()]
-                lines = "<br>".join(map(html.escape, lines))
-                shown.loc[name, "writes"] = folded({"writes": lines}, hover)
+            of_models = written[of_models].rename(html.escape)
+            of_models = of_models.map(lambda text: as_texts([html.escape(text)]))
+            above["What the models write"] = to_html(of_models.T, escape=False)
+            of_latents = written.drop(columns=of_models.columns)
+            shown["writes"] = pd.Series(as_html(of_latents, steered))
         table = table.join(shown[["opening", "position"]])
         if "promoted" in shown:
             baselines = shown.reindex(maps)[["texts", "promoted"]].dropna()
             below["Baselines"] = to_html(baselines, escape=False)
-            shown.promoted = shown.promoted.fillna("")
+        for column in shown.columns.intersection(["promoted", "writes"]):
+            shown[column] = shown[column].fillna("")
         latents = latents.join(shown)
     said = verdict(len(frequency), table, row, by_source, found, curve, spread)
 
     # the page
     if splice:
-        for source, of_source in found.groupby("source", observed=True):
-            figures = curve_of(of_source)
-            by_source.loc[source, "texts"] = of_source.text.nunique()
-            by_source.loc[source, "CE of A"] = figures.ce.clean_A
-            by_source.loc[source, "CE of B"] = figures.ce.clean_B
-            by_source.loc[source, "KL"] = figures.kl.clean_A
-            if "recovered" in curve and "recovered" in figures:
-                for name in ("constant", "chosen_20", "chosen_all"):
-                    by_source.loc[source, f"{name} recovers"] = figures.recovered[name]
+        add_splicing(by_source, found, "recovered" in curve)
     above = {"By source": to_html(by_source)} | above
     if "recovered" in curve:
         above = {"What it takes to recover that": bars(curve, spread)} | above

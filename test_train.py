@@ -3458,6 +3458,24 @@ def test_what_a_steered_model_writes_is_what_plain_hooks_make_it_write(pairs, ki
     assert (written.up != written.base).all()
 
 
+def test_the_page_shows_escaped_what_the_first_latents_make_the_base_model_write(loud):
+    Path("evil").mkdir()
+    for file in Path(loud, "finetuned").glob("*token*"):
+        text = file.read_text()
+        Path("evil", file.name).write_text(re.sub('"w([0-9]+)"', r'"<i>w\1"', text))
+    change_meta(tokenizer="evil")
+    reported("--data=acts", "--out_dir=out", "--steps=60", "--val_tokens=300")
+    page = report.main(["--run=out", "--splice=True", "--generate=True", "--n_texts=4"])
+    writes = table_of(page).writes
+    assert writes[:10].str.count("→").tolist() == [3] * 10
+    assert writes[:10].str.contains('title="a change of norm [0-9.e+]+ is added').all()
+    assert not writes[10:].fillna("").str.len().any()
+    table = page.partition("What the models write")[2].partition("</table>")[0]
+    assert re.findall("<th>([a-z_0-9]+)</th>", table) == "base finetuned constant rank_1".split()
+    assert "&lt;i&gt;w" in table and "&lt;i&gt;w" in writes.iloc[0]
+    assert "<i>w" not in page
+
+
 def test_a_feature_is_recovered_by_a_latent_near_it_in_both_models_and_else_that_is_false():
     toy = train.Toy(dict(seed=0, val_tokens=0))
     model = train.CrossCoder(2, toy.d_model, 256, "topk", 28)
