@@ -132,21 +132,23 @@ def compare(model, frequency, dead_after=torch.inf):
     change            ||d_B - d_A|| / (||d_A|| + ||d_B||)
     cosine            of d_A and d_B
     kind              base-only, uneven, shared or fine-tuned-only, by relative_norm
-    The last three, and relative_norm, are empty in the basis "difference": there d_A is missing.
+    In the basis "difference" there is no d_A: columns that need it are empty.
     """
     frequency = frequency.cpu()
     d = model.in_models(model.W_dec).detach().cpu()
     a, b = d.unbind(1)  # [latent, d_model]
-    change = (b - a).norm(dim=1) / d.norm(dim=2).sum(1)
+    norms = d.norm(dim=2).sum(1)
+    change_per_token = frequency * (b - a).norm(dim=1) / norms
     if model.basis == "difference":
         a = a * torch.nan
-    relative_norm = b.norm(dim=1) / (a.norm(dim=1) + b.norm(dim=1))
+        norms = norms * torch.nan
+    relative_norm = b.norm(dim=1) / norms
     kinds = ["base-only", "uneven", "shared", "uneven", "fine-tuned-only", "difference"]
     bins = np.digitize(relative_norm, [0.1, 0.4, 0.6, 0.9, 1.1])  # nan comes last
     columns = dict(
-        change_per_token=frequency * change,
+        change_per_token=change_per_token,
         relative_norm=relative_norm,
-        change=change,
+        change=(b - a).norm(dim=1) / norms,
         frequency=frequency,
         cosine=torch.cosine_similarity(a, b),
         kind=np.take(kinds, bins),
@@ -445,7 +447,7 @@ def splice_in(crosscoder, texts, models, n_texts, estimates):
 def curve_of(found, weights=1):
     """Returns a DataFrame by name of patch, for the rows of splice_in and a weight of each: l0 per
     patched position, ce and kl in nats per token, and recovered: the drop in kl from clean_A, over
-    the drop by `all_of_B`, if that is at least 0.01.
+    the drop by `all_of_B`, if that is at least 0.01. It is of patches that put something into A.
     """
     names = ["l0", "ce", "kl"]
     weighted = found.select_dtypes("number").mul(weights, axis=0)
@@ -453,7 +455,8 @@ def curve_of(found, weights=1):
     curve = sums[names] / sums[[f"n_{name}" for name in names]].to_numpy()
     gap = curve.kl.clean_A - curve.kl.all_of_B
     if gap >= 0.01:
-        curve["recovered"] = (curve.kl.clean_A - curve.kl) / gap
+        of_base = curve.kl.drop(["clean_B", "spliced_B", "zero_B", "zero_A"])
+        curve["recovered"] = (curve.kl.clean_A - of_base) / gap
     return curve
 
 
@@ -485,10 +488,10 @@ td, th { vertical-align: top; padding: 2px 5px !important; text-align: right }
 COLUMNS = dict(  # of the list of latents, each with what it means
     latent="number of the latent",
     texts="the five held-out texts in which it is strongest; the darker, the stronger",
-    source="the commonest source of its 20 strongest rows, its share of them, and of all rows",
+    source="the source that has more of its 20 strongest rows than of all rows, and both shares",
     promoted="tokens whose probability rises most if the base model gets its change",
     writes="what the base model writes after three prompts if its change is added everywhere",
-    opening="opening: nearly all of its strongest rows are among the first ten tokens of a text",
+    opening="opening: nearly all of its 20 strongest rows are in the first ten tokens of a text",
     position="median position in the text of its 20 strongest rows",
     nats_per_token="first-order effect: by how much it lowers the KL divergence from B",
     change_per_token="change times frequency",
@@ -505,7 +508,7 @@ COLUMNS = dict(  # of the list of latents, each with what it means
     spliced="patch: its reconstruction",
     zero="patch: zeros",
     all_of_B="patch: B's activation, put into A; what that takes away of the KL divergence is 100%",
-    chosen_n="patch: the constant and the first n latents, put into A; random_n: any n",
+    chosen_n="patch: the constant and the first n latents, put into A; random_n: n at random",
     refitted_n="patch: the same with directions and a constant that are fitted to B - A",
     directions_n="patch: the part of B - A in its n largest singular directions, put into A",
     l0="active latents, or directions, per patched token",
@@ -513,7 +516,7 @@ COLUMNS = dict(  # of the list of latents, each with what it means
 
 EXPLAINED = dict(  # estimates of B that the page shows as bars; * needs B's activation
     constant="the same vector, added everywhere",
-    rank_1="a vector whose strength an affine map reads from A",
+    rank_1="one direction, whose strength an affine map reads from A",
     map="an affine map of A",
     chosen_20="the constant and 20 latents *",
     refitted_20="the same 20 latents, with directions that are fitted to B - A *",
@@ -596,7 +599,7 @@ def described(held_out, active, examples):
     share = pd.crosstab(strongest.name, strongest.source, normalize="index")
     if held_out.source.nunique() > 1:
         usual = held_out.source.value_counts(normalize=True)
-        for name, first in share.idxmax(axis=1).items():
+        for name, first in (share / usual).idxmax(axis=1).items():
             of_all = f"{share.loc[name, first]:.0%} (of all {usual[first]:.0%})"
             shown.loc[name, "source"] = f"{html.escape(first)} {of_all}"
     by_name = strongest.pos.groupby(strongest.name)
@@ -739,23 +742,25 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
             said.append("No latent is confirmed to be of one model alone")
     if "opening" in table and table.opening.any():
         n = (table.opening == "opening").sum()
-        said.append(f"{n:,} are openings: they fire in the first ten tokens of texts")
+        said.append(f"{n:,} are openings: nearly always strongest in a text's first ten tokens")
     if len(curve):
         kl = curve.kl
         n_texts = found.text.nunique()
-        of = f"of {n_texts} texts, {found.n_kl[found.name == 'clean_A'].sum():,} tokens"
-        start = f"KL of A from B is {kl.clean_A:.2g} ± {spread.kl.clean_A:.1g} nats a token ({of})"
+        of = f"{n_texts} texts, {found.n_kl[found.name == 'clean_A'].sum():,} tokens"
+        start = f"KL(B || A) is {kl.clean_A:.2g} ± {spread.kl.clean_A:.1g} nats a token ({of})"
         if "recovered" in curve:
             part = 1 - kl.all_of_B / kl.clean_A
             share = {}
             for name, y in curve.recovered.items():
                 share[name] = f"{y:.0%} ± {spread.recovered[name]:.0%}"
-            said.append(f"{start}; B's activations here take away {part:.0%} of it")
-            line = f"Of these {part:.0%}: constant {share['constant']}, one direction "
-            line += f"{share['rank_1']}, affine map {share['map']}; with the constant 20 latents "
-            line += f"{share['chosen_20']} (refitted {share['refitted_20']}), "
-            line += f"100 {share['chosen_100']}, all {share['chosen_all']}"
+            said.append(f"{start}. B's activations, put into A here, take away {part:.0%} of it")
+            line = f"Of that part, the constant recovers {share['constant']}, one direction "
+            line += f"{share['rank_1']}, an affine map of A {share['map']}; the constant and 20 "
+            line += f"latents {share['chosen_20']} (refitted {share['refitted_20']}), "
+            line += f"100 latents {share['chosen_100']}, all {share['chosen_all']}"
             said.append(line)
+            if curve.recovered["map"] > curve.recovered.chosen_20:
+                said.append("The map needs nothing of B, and recovers more than the 20 latents")
         else:
             too_little = "B's activations here change it by too little to share it out"
             said.append(f"{start}; {too_little}")
@@ -776,7 +781,9 @@ def bars(curve, spread):
         bar = f'<span class="bar" style="width: {max(0, min(1, share)) * 20:.1f}em"></span>'
         figure = f"{bar}{share:.0%} ± {spread.recovered[name]:.0%}"
         lines += f'<tr><td>{meaning}</td><td style="text-align: left">{figure}</td></tr>'
-    return f"<table>{lines}</table><p>* needs the fine-tuned model's activation</p>"
+    return (
+        f"<table>{lines}</table><p>* needs B's activation. ± is the standard error over texts.</p>"
+    )
 
 
 def pictures(table, rows, curve, path):
@@ -798,6 +805,8 @@ def pictures(table, rows, curve, path):
         labels = ["relative norm (0: base, 1: fine-tuned)", "cosine", "log10 of frequency"]
         for axes, label in zip(above, labels):
             axes.set(yscale="symlog", ylabel="latents", xlabel=label)
+        for axes in above[:2]:  # the basis difference has neither
+            axes.set_visible(table.cosine.notna().any())
         if "recovered" in curve:
             for name in ("chosen", "refitted", "random", "directions"):
                 line = curve.filter(like=name, axis=0)
@@ -828,14 +837,13 @@ def folded(tables, attribute=""):
     return lines
 
 
-def as_html(written, changes):
+def as_html(written, changes, norm_of_A):
     """Returns {name: HTML} of write_all's texts. It unfolds, and says on hover what was added."""
     shown = {}
     for name, texts in written.items():
         lines = [html.escape(f"{prompt} → {text}") for prompt, text in texts.items()]
-        hover = (
-            f"a change of norm {changes[name].norm():.3g} is added to the base at every position"
-        )
+        size = changes[name].norm() / norm_of_A
+        hover = f"a change of {size:.2g} of A's mean norm is added to the base everywhere"
         shown[name] = folded({"writes": as_texts(lines)}, f'title="{hover}"')
     return shown
 
@@ -862,7 +870,7 @@ def page_of(said, meta, above, latents, svg, below):
 {generate_init_offline_itables_html(itables.options.dt_bundle)}<style>{STYLE}</style>
 <h1>{said[0]}</h1><p>A is the base model, B the model fine-tuned from it. {what}</p>{lines}
 {folded(above, "open")}<h2>Latents, by how much of the change they carry</h2>
-<p>Search finds words of the texts, too; !opening leaves openings out.</p>
+<p>Search finds words of the texts, too; !opening leaves openings out. Hover explains columns.</p>
 <div class="wide">{every}</div><div class="svg">{svg}</div>{folded(below)}
 <details><summary>What the columns mean</summary><dl>{glossary}</dl><p>Latent scaling: arXiv
 2504.02922. Attribution patching: arXiv 2310.10348. Crosscoders:
@@ -949,9 +957,11 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
             of_models = ["base", "finetuned", "constant", "rank_1"]
             of_models = written[of_models].rename(html.escape)
             of_models = of_models.map(lambda text: as_texts([html.escape(text)]))
-            above["What the models write"] = to_html(of_models.T, escape=False)
+            above["What the models write after three beginnings (greedily)"] = to_html(
+                of_models.T, escape=False
+            )
             of_latents = written.drop(columns=of_models.columns)
-            shown["writes"] = pd.Series(as_html(of_latents, steered))
+            shown["writes"] = pd.Series(as_html(of_latents, steered, held_out.base.mean()))
         table = table.join(shown[["opening", "position"]])
         if "promoted" in shown:
             baselines = shown.reindex(maps)[["texts", "promoted"]].dropna()
