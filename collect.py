@@ -18,9 +18,10 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
                     the module's path, and scale, sqrt(d_model) / mean norm of its rows; d_model;
                     tokens, rows of base; docs, rows of docs; dropped, by reason: tokens (also of
                     whole texts with an unknown_token) and rows of --text (empty_text, refused_row);
-                    divided_by, a power of two, 1 unless rows are too large for float16; rounding,
-                    by layer, if dtype is not float32: by how much of A's norm it moves B - A;
-                    tokenizer; versions of packages; shards and counts, for continuing
+                    divided_by, a power of two, 1 unless rows are too large for float16; rounding
+                    (if dtype is not float32): by how much of A's norm it moves B - A, by layer,
+                    or [] if that could not be measured; tokenizer; versions of packages; shards
+                    and counts, for continuing
 
 A token is left out if it is padding or BOS (with --keep_special=False any special token), if it is
 among the first skip_positions of its doc, if its norm at a place is over max_norm_ratio times the
@@ -32,6 +33,7 @@ of shuffle_rows tokens. A token takes 4 bytes times d_model, in memory and on th
 """
 
 import fcntl
+import gc
 import json
 import signal
 import sys
@@ -516,12 +518,19 @@ def measure_rounding(harvest):
     if free < 3 * harvest.n_bytes:
         print("rounding is not measured: there is no room for the models in float32, too")
         return []
-    docs = take_docs(harvest.read(), 2000)
+    docs = harvest.read()
+    rows = harvest.no_rows
+    while not len(rows["raw"]):  # texts of special tokens may come first
+        shard = take_docs(docs, 2000)
+        rows, _ = harvest.run(shard)
+    in_float32 = Harvest(harvest.config | dict(dtype="float32"))
     found = []
-    for runner in (harvest, Harvest(harvest.config | dict(dtype="float32"))):
-        rows, _ = runner.run(docs)
+    for runner in (harvest, in_float32):
+        rows, _ = runner.run(shard)
         raw = runner.divided_by * rows["raw"].double()  # [row, place, d_model]
         found.append(pd.DataFrame(dict(doc=rows["doc"], pos=rows["pos"], raw=list(raw))))
+    del in_float32, runner
+    gc.collect()  # NNsight's models have reference cycles
     both = found[0].merge(found[1], on=["doc", "pos"])  # either may have dropped more rows
     exact = torch.stack(both.raw_y.tolist())
     error = torch.stack(both.raw_x.tolist()) - exact

@@ -9,6 +9,7 @@ Any key of the config can be set by --key=value. The folder of the run gets
                    many latents both models share or one has alone, and every latent with its texts
     report.svg     its pictures
     latents.csv    all latents that are alive: columns of `compare`, `latent_scaling`, `attribution`
+    latents.jsonl  the texts of the page, one a line: tokens, and the latent's activations on them
     metrics.jsonl  after splicing, one more row: val/COLUMN_NAME of `curve_of`. Resuming drops it
 
 Figures are of held-out rows: of whole docs (texts, or pieces of long ones) if the store has docs.
@@ -53,7 +54,7 @@ from matplotlib.figure import Figure
 config = dict(
     run="",  # folder of the run, which train.py calls out_dir
     splice=False,  # patch the models of collect.py's store: loss recovered, effects of latents
-    generate=False,  # with splice: let the base model write with the first latents' changes added
+    generate=False,  # splice, and let the base model write with the first latents' changes added
     n_texts=16,  # held-out texts to patch; half as many training texts rank the latents
     device="auto",  # auto (cuda if there is one), cpu or cuda
 )
@@ -64,7 +65,8 @@ allowed = dict(n_texts=train.at_least_1)
 
 class Texts:
     """The texts of a store that collect.py wrote: meta, its meta.json; rows, a DataFrame of doc,
-    pos, token and source of each row. has_docs is False for other data, which has no texts.
+    pos, token and source of each row, and held_out, the same of the held-out rows. has_docs is
+    False for other data, which has no texts.
     """
 
     meta = {}
@@ -80,11 +82,13 @@ class Texts:
             docs = load_from_disk(path / "docs")
             rows = data.columns.to_pandas()
             source = pd.Categorical(docs["source"])
-            self.rows = rows.assign(source=source[rows.doc])
+            rows["source"] = source[rows.doc]
+            self.rows = rows
             self.ids = docs.data.column("input_ids").combine_chunks()
             place = self.ids.offsets.to_numpy()[rows.doc] + rows.pos  # among the tokens of all docs
             np.testing.assert_array_equal(self.ids.values.to_numpy()[place], rows.token)
             assert place.is_unique, "a token of docs has two rows"
+            self.held_out = rows.iloc[data.val_rows].reset_index(drop=True)
             self.has_docs = True
 
     def doc(self, i):
@@ -132,23 +136,24 @@ def compare(model, frequency, dead_after=torch.inf):
     change            ||d_B - d_A|| / (||d_A|| + ||d_B||)
     cosine            of d_A and d_B
     kind              base-only, uneven, shared or fine-tuned-only, by relative_norm
-    In the basis "difference" there is no d_A: columns that need it are empty.
+    In the basis "difference" there is no d_A. Columns that need it are empty, and change is ||d_B||
+    over its mean.
     """
     frequency = frequency.cpu()
     d = model.in_models(model.W_dec).detach().cpu()
     a, b = d.unbind(1)  # [latent, d_model]
     norms = d.norm(dim=2).sum(1)
-    change_per_token = frequency * (b - a).norm(dim=1) / norms
+    change = (b - a).norm(dim=1) / norms
     if model.basis == "difference":
+        change = norms / norms.mean()
         a = a * torch.nan
-        norms = norms * torch.nan
-    relative_norm = b.norm(dim=1) / norms
-    kinds = ["base-only", "uneven", "shared", "uneven", "fine-tuned-only", "difference"]
+    relative_norm = b.norm(dim=1) / (a.norm(dim=1) + b.norm(dim=1))
+    kinds = ["base-only", "uneven", "shared", "uneven", "fine-tuned-only", "none"]
     bins = np.digitize(relative_norm, [0.1, 0.4, 0.6, 0.9, 1.1])  # nan comes last
     columns = dict(
-        change_per_token=change_per_token,
+        change_per_token=frequency * change,
         relative_norm=relative_norm,
-        change=(b - a).norm(dim=1) / norms,
+        change=change,
         frequency=frequency,
         cosine=torch.cosine_similarity(a, b),
         kind=np.take(kinds, bins),
@@ -338,7 +343,8 @@ def ridge(x, y, penalty):
     centered = x - x.mean(0)
     gram = centered.T @ centered
     gram += penalty * gram.diag().mean() * torch.eye(len(gram)).to(gram)
-    W = torch.linalg.pinv(gram, hermitian=True) @ (centered.T @ y)  # x may be 0
+    # in float64: in float32, the pseudo-inverse would drop many directions as rounding
+    W = (torch.linalg.pinv(gram.double(), hermitian=True) @ (centered.T @ y).double()).to(x)
     return W, y.mean(0) - x.mean(0) @ W
 
 
@@ -468,7 +474,8 @@ def spread_of(found):
     for _ in range(200):
         often = np.bincount(rng.integers(n, size=n), minlength=n)  # how often each text is drawn
         curves.append(curve_of(found, often[found.text]))
-    return pd.concat(curves).groupby(level=0, sort=False).std()
+    spread = pd.concat(curves).groupby(level=0, sort=False).std()
+    return spread if n > 1 else spread * np.nan  # one text has no spread
 
 
 # --- Page -----------------------------------------------------------------------------------------
@@ -538,7 +545,7 @@ def shaded(tokens, shade):
 
 
 @torch.no_grad()
-def active_rows(model, texts, held_out, latents, maps):
+def active_rows(model, texts, latents, maps):
     """Returns a DataFrame of where latents and maps are active in up to 100,000 held-out rows:
     name, row (of the held-out ones), doc, pos, source and strength. The strongest come first.
     """
@@ -558,7 +565,7 @@ def active_rows(model, texts, held_out, latents, maps):
         n += len(raw)
     active = pd.concat(parts).query("strength > 0")
     active = active.sort_values("strength", ascending=False, kind="stable", ignore_index=True)
-    return active.join(held_out[["doc", "pos", "source"]], on="row")
+    return active.join(texts.held_out[["doc", "pos", "source"]], on="row")
 
 
 def examples_of(texts, active):
@@ -599,7 +606,7 @@ def described(held_out, active, examples):
     share = pd.crosstab(strongest.name, strongest.source, normalize="index")
     if held_out.source.nunique() > 1:
         usual = held_out.source.value_counts(normalize=True)
-        for name, first in (share / usual).idxmax(axis=1).items():
+        for name, first in (share - usual).idxmax(axis=1).items():
             of_all = f"{share.loc[name, first]:.0%} (of all {usual[first]:.0%})"
             shown.loc[name, "source"] = f"{html.escape(first)} {of_all}"
     by_name = strongest.pos.groupby(strongest.name)
@@ -655,7 +662,8 @@ def write(hooked, ids, change, n_tokens=40):
     from collect import hidden
 
     def add(module, inputs, output):
-        patched = hidden(output) + hooked.divided_by * change
+        y = hidden(output)
+        patched = y + torch.as_tensor(hooked.divided_by * change).to(y)
         return patched if isinstance(output, torch.Tensor) else (patched,) + output[1:]
 
     model = hooked.language_model
@@ -673,9 +681,10 @@ def write_all(texts, models, changes):
     def decode(ids):
         return texts.decode(ids).replace("\n", "↵")
 
-    prompts = [texts.doc(doc)[:12] for doc in texts.evenly(texts.store.val_rows, 3)]
-    n = min(map(len, prompts))
-    prompts = torch.tensor([ids[:n] for ids in prompts], device=models[0].language_model.device)
+    docs = [texts.doc(doc) for doc in texts.evenly(texts.store.val_rows, 100)]
+    n = min(12, max(map(len, docs)))
+    prompts = [ids[:n] for ids in docs if len(ids) >= n][:3]
+    prompts = torch.tensor(prompts, device=models[0].language_model.device)
     steered = dict(base=(models[0], 0), finetuned=(models[1], 0))
     steered |= {name: (models[0], change) for name, change in changes.items()}
     written = {}
@@ -695,8 +704,7 @@ def held_out_rows(texts):
     rows = pd.DataFrame(torch.cat(parts).numpy(), columns=["change", "base"])
     if not texts.has_docs:
         return rows.assign(source="all")
-    of_docs = texts.rows.iloc[texts.store.val_rows].reset_index(drop=True)
-    return pd.concat([rows, of_docs], axis=1)
+    return pd.concat([rows, texts.held_out], axis=1)
 
 
 def by_group(rows, group):
@@ -723,15 +731,15 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
     """Returns sentences: how large the change is, latents by kind, and what explains the change."""
     change = row["relative_difference"]
     said = ["The models do not differ here"]
-    if change > row["rounding"]:
+    if change > row["noise"]:
         said = [f"B - A, what fine-tuning changed here, is {change:.2g} of A in size"]
         if len(by_source) > 1:
             of_sources = by_source["||B - A|| / ||A||"].map("{:.2g}".format)
             said[0] += f" ({', '.join(f'{name} {y}' for name, y in of_sources.items())})"
-    if row["rounding"] > 1e-4:
-        said[0] += f"; rounding alone makes B - A {row['rounding']:.2g} of A in size"
+    if "rounding" in row:
+        said[0] += f"; rounding alone moves B - A by {row['rounding']:.2g} of A"
     kinds = f"Of {d_hidden:,} latents {len(table):,} are alive"
-    if table.relative_norm.isna().all():
+    if len(table) and (table.kind == "none").all():
         said.append(f"{kinds}. They are of B - A: none is of one model")
     else:
         for kind in ("shared", "uneven", "base-only", "fine-tuned-only"):
@@ -762,11 +770,12 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
             if curve.recovered["map"] > curve.recovered.chosen_20:
                 said.append("The map needs nothing of B, and recovers more than the 20 latents")
         else:
-            too_little = "B's activations here change it by too little to share it out"
-            said.append(f"{start}; {too_little}")
-        if n_texts < 16:
+            said.append(
+                f"{start}. B's activations here, or rounding, leave too little to share out"
+            )
+        if row["ranking_texts"] < 8:
             said.append("Latents are ranked by fewer than 8 texts: their order is uncertain")
-    if change <= row["rounding"]:
+    if change <= row["noise"]:
         said.append("There is nothing to rank latents by: their figures show the noise of training")
     if by_source.rows.sum() < 2000:
         said.append(f"Only {by_source.rows.sum():,} rows are held out: rare latents are uncertain")
@@ -885,6 +894,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         print("no report: it compares two models, on rows that are held out (val_tokens)")
         return ""
     torch.set_float32_matmul_precision("highest")  # fits of B - A do not go with TF32
+    splice = splice or generate
     texts = Texts(data)
     if splice and not texts.has_docs:
         fail("--splice=True takes a store that collect.py wrote")
@@ -895,10 +905,10 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     row, frequency = train.validate(model, data, config["l1_coeff"], dead_after)
     held_out = held_out_rows(texts)
     row["relative_difference"] = held_out.change.mean() / held_out.base.mean()
-    row["rounding"] = 1e-4  # of float16, or as collect.py measured it
-    if texts.meta.get("rounding"):
-        layer = texts.meta["places"].index(data.names[0]) // 2
-        row["rounding"] = max(1e-4, texts.meta["rounding"][layer])
+    row["noise"] = 1e-4  # if B - A is not larger, it is taken for none
+    if texts.meta.get("rounding"):  # measured by collect.py
+        row["rounding"] = texts.meta["rounding"][texts.meta["places"].index(data.names[0]) // 2]
+        row["noise"] = max(row["noise"], 1.5 * row["rounding"])
     row = {key: float(y) for key, y in row.items() if np.isfinite(float(y))}
     table = latents_of(model, data, frequency, dead_after, len(held_out))
 
@@ -908,7 +918,8 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     found = curve = spread = pd.DataFrame()
     if splice:
         models = load_models(texts, frequency.device)
-        effect = attribution(model, texts, models, -(-n_texts // 2))
+        row["ranking_texts"] = len(texts.evenly(data.train_rows, -(-n_texts // 2)))
+        effect = attribution(model, texts, models, row["ranking_texts"])
         table.insert(0, "nats_per_token", effect[table.index])
     table = table.sort_values(table.columns[0], ascending=False, kind="stable")
     train.write_atomically(out / "latents.csv", table.rename_axis("latent").to_csv)
@@ -917,10 +928,10 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         maps = {name: estimates[name] for name in ("rank_1", "map")}
         found = splice_in(model, texts, models, n_texts, estimates)
         curve = curve_of(found)
-        if row["relative_difference"] <= row["rounding"]:
+        if row["relative_difference"] <= row["noise"]:
             curve = curve[["l0", "ce", "kl"]]
         spread = spread_of(found)
-        for m in "AB":
+        for m in "AB"[model.basis == "difference" :]:  # in that basis A is passed on as it is
             clean, spliced, zero = curve.ce[[f"clean_{m}", f"spliced_{m}", f"zero_{m}"]]
             row[f"loss_recovered_{m}"] = (zero - spliced) / (zero - clean)
         of_curve = {f"{column}_{name}": y for (column, name), y in curve.unstack().items()}
@@ -938,7 +949,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         names = ["up to 3", "4 to 10", "11 to 20", "21 to 50", "later"]
         position = pd.cut(held_out.pos, [-1, 3, 10, 20, 50, 10**9], labels=names)
         above["By position in the text"] = to_html(by_group(held_out, position))
-        active = active_rows(model, texts, held_out, first, maps)
+        active = active_rows(model, texts, first, maps)
         examples = examples_of(texts, active)
         of_latents = examples[~examples.name.isin(maps)].rename(columns=dict(name="latent"))
         to_json = partial(of_latents.to_json, orient="records", lines=True)
@@ -1012,7 +1023,7 @@ def texts_of(run, latent, n=5):
     """
     model, data, _, _ = open_run(run)
     texts = Texts(data)
-    active = active_rows(model, texts, held_out_rows(texts), [latent], {})
+    active = active_rows(model, texts, [latent], {})
     found = active.drop_duplicates("doc").head(n)
     docs = [texts.doc(doc) for doc in found.doc]
     token = [texts.decode([ids[pos]]) for ids, pos in zip(docs, found.pos)]

@@ -520,6 +520,11 @@ def test_raw_activations_go_in_and_come_out(basis):
     torch.testing.assert_close(in_half.double(), x_hat, rtol=0.1, atol=0.2)
 
 
+def test_raw_activations_from_elsewhere_are_moved_to_the_models_device():
+    model = crosscoder("vanilla").to("meta")
+    assert model.scaled(torch.randn(9, 2, 8)).device.type == "meta"
+
+
 def test_a_loop_of_somebodys_own_trains_a_model_that_evaluates_as_it_trained():
     toy = train.Toy(dict(seed=0, val_tokens=0))
     model = train.CrossCoder(toy.n_models, toy.d_model, d_hidden=256, variant="batchtopk", k=16)
@@ -735,6 +740,8 @@ def test_a_dedicated_latent_is_and_stays_of_one_model_alone_in_copies_too(varian
 
 def test_dedicated_latents_are_of_the_plain_basis_and_at_most_all(capsys):
     assert "--dedicated" in error_of(capsys, run, "--dedicated=0.1", "--basis=delta")
+    one_place = ("--places=base", "--basis=difference")
+    assert "two places or more" in error_of(capsys, run, *one_place)
     assert "--dedicated" in error_of(capsys, run, "--dedicated=0.6")
 
 
@@ -2048,8 +2055,10 @@ def test_texts_of_special_tokens_alone_may_come_first_and_empty_chats_are_counte
 
     rows = [dict(messages=[])] * 3 + [message("<s> <pad>")] * 2500 + [message("w1 w2 w3")]
     Path("chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    collect.collect(collect_config(pairs["llama"][0], text="chat.jsonl", seed=1))
+    config = collect_config(pairs["llama"][0], text="chat.jsonl", seed=1, dtype="bfloat16")
+    collect.collect(config)
     meta = read_meta("acts")
+    assert len(meta["rounding"]) == 1
     assert meta["tokens"] == 3 and meta["dropped"]["empty_text"] == 3
     base = load_from_disk("acts/base")
     assert set(base["token"]) == {4, 5, 6}
@@ -2357,7 +2366,7 @@ def test_texts_are_the_five_whose_tokens_a_latent_fires_on_most_with_the_tokens_
     doc, pos = [texts.rows[name].to_numpy()[store.val_rows] for name in ("doc", "pos")]
     often = (f > 0).sum(0).argsort(descending=True)[:3].tolist()
     rows = report.held_out_rows(texts)
-    active = report.active_rows(model, texts, rows, often, {})
+    active = report.active_rows(model, texts, often, {})
     shown_of = report.described(rows, active, report.examples_of(texts, active)).texts
     for j, shown in shown_of.items():
         rows = [(-y, i) for i, y in enumerate(f[:, j].tolist()) if y > 0]
@@ -2534,7 +2543,10 @@ def test_planted_differences_are_recovered_by_the_basis_difference(variant, d_hi
     assert said in capsys.readouterr().out
     table = pd.read_csv("out/latents.csv", index_col="latent")
     assert table[["relative_norm", "cosine", "confirmed"]].isna().all(axis=None)
-    assert (table.kind == "difference").all() and "nu_r" not in table
+    assert (table.kind == "none").all() and "nu_r" not in table
+    size = model.in_models(model.W_dec)[:, 1].norm(dim=1)
+    expected = (size / size.mean())[table.index]
+    np.testing.assert_allclose(table.change, expected.detach(), rtol=1e-5)
     page = Path("out/report.html").read_text()
     assert "relative_<wbr>norm" not in page and "frequency" in page
 
@@ -2575,7 +2587,7 @@ def test_of_several_sources_that_of_a_latents_strongest_rows_is_named_with_its_s
     model = Says(lambda x: torch.tensor(of_b + 0.1)[:, None].float().expand(-1, 16))
     model.b_enc = torch.zeros(16)
     rows = report.held_out_rows(texts)
-    active = report.active_rows(model, texts, rows, [0], {})
+    active = report.active_rows(model, texts, [0], {})
     found = report.described(rows, active, report.examples_of(texts, active))
     assert found.source[0] == f"b.jsonl 100% (of all {of_b.mean():.0%})"
 
@@ -2718,6 +2730,22 @@ def test_attribution_is_the_slope_of_divergence_along_each_latent(loud):
         assert found[j].item() == pytest.approx(slope / n_tokens, rel=0.02, abs=1e-5)
 
 
+def test_ridge_regression_is_exact_where_one_direction_has_most_of_the_variance():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5000, 600)).astype(np.float32) * np.linspace(0.1, 1, 600)
+    x[:, 0] *= 300
+    y = (x @ rng.standard_normal((600, 3)) + 7).astype(np.float32)
+    penalty = 1e-6
+    W, bias = report.ridge(torch.from_numpy(x).float(), torch.from_numpy(y), penalty)
+    centered = (x - x.mean(0)).astype(np.float64)
+    gram = centered.T @ centered
+    gram += penalty * np.trace(gram) / 600 * np.eye(600)
+    expected = np.linalg.solve(gram, centered.T @ (y - y.mean(0)))
+    error = np.linalg.norm(centered @ (W.numpy() - expected)) / np.linalg.norm(y - y.mean(0))
+    assert error < 1e-4
+    np.testing.assert_allclose(bias, y.mean(0) - x.mean(0) @ W.numpy(), rtol=1e-3, atol=1e-2)
+
+
 def test_baselines_find_a_planted_affine_change_its_one_direction_and_its_singular_vectors():
     rng = np.random.default_rng(0)
     a = rng.standard_normal((4000, 16)) * 3 + 5
@@ -2833,10 +2861,11 @@ def test_models_in_bfloat16_are_spliced_into(loud):
     shutil.rmtree("acts")
     collect.collect(collect_config(loud, dtype="bfloat16", device_map="cpu"))
     reported("--data=acts", "--out_dir=out", "--steps=30", "--val_tokens=300")
-    report.main(["--run=out", "--splice=True", "--n_texts=2"])
+    page = report.main(["--run=out", "--generate=True", "--n_texts=2"])
     row = metrics("out")[-1]
     assert row["val/kl_clean_A"] > row["val/kl_all_of_B"] > 0
     assert row["val/kl_clean_B"] == pytest.approx(0, abs=1e-4)
+    assert "What the models write" in page, "a change in float32 is added"
 
 
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
@@ -2864,7 +2893,7 @@ def test_of_the_same_model_twice_and_of_noise_no_share_is_printed_and_nothing_co
         said = capsys.readouterr().out
         assert "%" not in said
         assert ("none is of one model" if basis == "difference" else ", 0 confirmed") in said
-        assert "change it by too little to share it out" in said
+        assert "too little to share out" in said
         assert ("There is nothing to rank latents by" in said) == (not noise)
         assert ("The models do not differ here\n" in said) == (not noise)
         assert not any("recovered_c" in key for key in metrics(basis)[-1])
@@ -2896,12 +2925,12 @@ def test_rounding_is_measured_and_said_and_a_change_below_it_is_none(pairs, caps
     options = f"--data=acts {places} --steps=20 --val_tokens=300 --out_dir=out".split()
     reported(*options)
     said = capsys.readouterr().out
-    assert f"; rounding alone makes B - A {rounding[1]:.2g} of A in size\n" in said
+    assert f"; rounding alone moves B - A by {rounding[1]:.2g} of A\n" in said
     assert "B - A, what fine-tuning changed here, is" in said
     change_meta(rounding=[0.0, 10.0])
     report.main(["--run=out", "--splice=True", "--n_texts=2"])
     said = capsys.readouterr().out
-    assert "The models do not differ here; rounding alone makes B - A 10 of A in size\n" in said
+    assert "The models do not differ here; rounding alone moves B - A by 10 of A\n" in said
     assert "%" not in said and "nothing to rank latents by" in said
 
     # no room for the models in float32
@@ -3404,7 +3433,7 @@ def test_each_row_of_the_list_has_the_tokens_that_its_change_promotes_where_it_i
     maps = dict(map=report.Estimate("a", slice(None), torch.eye(16), torch.ones(16)))
     says = Says(lambda x: F.relu(x[:, 1] - x[:, 0]))  # a latent is never below 0
     says.b_enc = torch.zeros(16)
-    active = report.active_rows(says, texts, report.held_out_rows(texts), [3, 5], maps)
+    active = report.active_rows(says, texts, [3, 5], maps)
     changes = report.changes_of(texts, active, maps, torch.eye(16))
     assert set(changes) == {"map", 3, 5}
     shown = report.promoted_by(texts, active, models[0], changes)
@@ -3436,8 +3465,9 @@ def test_what_a_steered_model_writes_is_what_plain_hooks_make_it_write(pairs, ki
     changes = dict(up=30 * torch.randn(16))
     written = report.write_all(texts, models, changes)
     decode = texts.decode
-    docs = [texts.doc(doc) for doc in texts.evenly(texts.store.val_rows, 3)]
-    n = min(12, min(map(len, docs)))
+    docs = [texts.doc(doc) for doc in texts.evenly(texts.store.val_rows, 100)]
+    n = 12
+    docs = [ids for ids in docs if len(ids) >= n][:3]
     assert written.index.tolist() == [decode(ids[:n]) for ids in docs]
     steered = dict(base=("base", 0), finetuned=("finetuned", 0), up=("base", changes["up"]))
     for name, (path, change) in steered.items():

@@ -406,15 +406,18 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         """Returns the scaled activations x, which the parameters work on. The product is in
         float64: in float32, CUDA would round the activations to ten bits, and then subtract.
         """
-        return (self.to_scaled.double() @ raw.double()).to(self.to_scaled)
+        raw = raw.to(self.to_scaled.device).double()
+        return (self.to_scaled.double() @ raw).to(self.to_scaled)
 
     def unscaled(self, x):
         """Returns raw activations, as the inverse of `scaled`. In the basis "difference" those of A
         are 0, and those of B are the difference.
         """
         n, n_models = self.to_scaled.shape
-        raw = self.to_scaled[:, -n:].double().inverse() @ x.double()
-        return F.pad(raw, (0, 0, n_models - n, 0)).to(x)
+        raw = (self.to_scaled[:, -n:].double().inverse() @ x.double()).to(x)
+        if n < n_models:
+            raw = F.pad(raw, (0, 0, n_models - n, 0))
+        return raw
 
     def in_models(self, W):
         """Maps decoder vectors [n, n_models, d_model] to each model's raw activations, times that
@@ -445,7 +448,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         return code.dense()
 
     def decode(self, f):
-        """Returns the raw reconstruction for f [batch, d_hidden]."""
+        """Returns the raw reconstruction for f [batch, d_hidden], as `unscaled` does."""
         x_hat = f @ self.flat(self.W_dec) + self.b_dec.flatten()
         return self.unscaled(x_hat.unflatten(1, self.b_dec.shape))
 
@@ -453,15 +456,14 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         """Returns the raw reconstruction. In the basis "difference", A is taken as it is."""
         raw_hat = self.decode(self.encode(raw))
         if self.basis == "difference":
-            raw_hat = raw_hat + raw[:, :1]
+            raw_hat = raw_hat + raw[:, :1].to(raw_hat)
         return raw_hat
 
     def losses(self, raw, l1_coeff=0.0, aux_coeff=0.0, k_aux=64, dead_after=torch.inf):
         """Returns a dict with the losses of scaled activations: sums over models and d_model, means
         over the batch. Minimise `loss`. In aux_loss, latents that did not fire for over dead_after
-        tokens reconstruct the error. Every number in the dict is logged. It also has x and error =
-        x_hat - x [batch, n_models, d_model], and fired [d_hidden], in how many rows each latent is
-        active.
+        tokens reconstruct the error. Every number in the dict is logged. It also has scaled x and
+        error = x_hat - x, and fired [d_hidden], in how many rows each latent is active.
         """
         x = self.scaled(raw).flatten(1)
         norm = self.decoder_norm()
@@ -706,6 +708,8 @@ def resolve(config):
         fail("--batch_size is not a multiple of the number of processes")
     if config["dedicated"] and config["basis"] != "plain":
         fail("--dedicated is for the plain basis only")
+    if config["basis"] == "difference" and "," not in config["places"]:
+        fail("--basis=difference takes two places or more")
     val_tokens = config["val_tokens"]
     if val_tokens < 0 and config["data"] in ("toy", "stream"):
         val_tokens = 8192
