@@ -461,7 +461,7 @@ def curve_of(found, weights=1):
     curve = sums[names] / sums[[f"n_{name}" for name in names]].to_numpy()
     gap = curve.kl.clean_A - curve.kl.all_of_B
     if gap >= 0.01:
-        of_base = curve.kl.drop(["clean_B", "spliced_B", "zero_B", "zero_A"])
+        of_base = curve.kl.drop(["clean_B", "spliced_B", "zero_B", "zero_A"], errors="ignore")
         curve["recovered"] = (curve.kl.clean_A - of_base) / gap
     return curve
 
