@@ -770,9 +770,10 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
             if curve.recovered["map"] > curve.recovered.chosen_20:
                 said.append("The map needs nothing of B, and recovers more than the 20 latents")
         else:
-            said.append(
-                f"{start}. B's activations here, or rounding, leave too little to share out"
-            )
+            why = "B's activations, put into A here, change it by less than 0.01"
+            if change <= row["noise"]:
+                why = "B - A is not above the noise"
+            said.append(f"{start}. No shares are given: {why}")
         if row["ranking_texts"] < 8:
             said.append("Latents are ranked by fewer than 8 texts: their order is uncertain")
     if change <= row["noise"]:
@@ -798,7 +799,7 @@ def bars(curve, spread):
 def pictures(table, rows, curve, path):
     """Draws latents, training and splicing into an SVG file. Returns it as HTML."""
     names = ["loss", "explained_variance", "explained_variance_difference", "dead_latents"]
-    training = pd.DataFrame(rows, columns=["step", *names], dtype=float).dropna()
+    training = pd.DataFrame(rows, columns=["step", *names], dtype=float).dropna(subset="loss")
     style = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8, "legend.frameon": False}
     with rc_context(style):
         figure = Figure(figsize=(11, 4.8), layout="constrained")
@@ -816,6 +817,7 @@ def pictures(table, rows, curve, path):
             axes.set(yscale="symlog", ylabel="latents", xlabel=label)
         for axes in above[:2]:  # the basis difference has neither
             axes.set_visible(table.cosine.notna().any())
+        above[3].set_visible("recovered" in curve)
         if "recovered" in curve:
             for name in ("chosen", "refitted", "random", "directions"):
                 line = curve.filter(like=name, axis=0)
@@ -878,8 +880,9 @@ def page_of(said, meta, above, latents, svg, below):
 <title>What fine-tuning changed</title><meta name="viewport" content="width=device-width">
 {generate_init_offline_itables_html(itables.options.dt_bundle)}<style>{STYLE}</style>
 <h1>{said[0]}</h1><p>A is the base model, B the model fine-tuned from it. {what}</p>{lines}
-{folded(above, "open")}<h2>Latents, by how much of the change they carry</h2>
-<p>Search finds words of the texts, too; !opening leaves openings out. Hover explains columns.</p>
+{folded(above, "open")}<h2>Latents</h2>
+<p>Those first that carry most of the change, if there is one. Search finds words of the texts, too;
+!opening leaves openings out. Hover explains columns.</p>
 <div class="wide">{every}</div><div class="svg">{svg}</div>{folded(below)}
 <details><summary>What the columns mean</summary><dl>{glossary}</dl><p>Latent scaling: arXiv
 2504.02922. Attribution patching: arXiv 2310.10348. Crosscoders:
