@@ -488,6 +488,7 @@ td, th { vertical-align: top; padding: 2px 5px !important; text-align: right }
 #latents th { white-space: normal; font-size: 10px } #latents .dt-column-order { display: none }
 #latents td { font-size: 11px } #latents td:not(:has(.texts)) { white-space: nowrap }
 .texts { text-align: left; white-space: pre-wrap; width: 32em; max-width: 80vw }
+.texts { overflow-wrap: anywhere }
 .texts b { font-weight: normal; color: light-dark(black, white) }
 .texts b { background: light-dark(rgb(255 150 0/var(--s)), rgb(170 75 0/var(--s))) }
 .bar { display: inline-block; background: #e80; height: .7em; margin-right: .5em }"""
@@ -503,7 +504,8 @@ COLUMNS = dict(  # of the list of latents, each with what it means
     nats_per_token="first-order effect: by how much it lowers the KL divergence from B",
     change_per_token="change times frequency",
     relative_norm="share of B in its decoder norm: 0 is of the base model, 1 of the fine-tuned one",
-    change="norm of the difference of its decoder vectors, over the sum of their norms",
+    change="norm of d_B - d_A, its decoder vectors, over the sum of their norms; in the basis "
+    "difference, over the mean of that norm",
     frequency="share of held-out rows in which it fires",
     cosine="of its decoder vectors in the two models",
     kind="by relative_norm: base-only under 0.1, shared 0.4 to 0.6, fine-tuned-only over 0.9",
