@@ -809,7 +809,8 @@ def pictures(table, rows, curve, path):
         for kind, of_kind in table.groupby("kind"):
             relative_norm = of_kind.relative_norm.dropna()
             above[0].hist(relative_norm, bins=np.linspace(0, 1, 51), label=kind)
-        above[0].legend(loc="upper left", fontsize=6)
+        if len(table):
+            above[0].legend(loc="upper left", fontsize=6)
         frequency = np.log10(table.frequency.replace(0, np.nan).astype(float))
         cosine = table.cosine.astype(float).dropna()
         above[1].hist(cosine, bins=np.linspace(-1, 1, 51))
