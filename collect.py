@@ -9,7 +9,7 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
     OUT/base/       a Hugging Face dataset (load_from_disk), one row per token: activation (float16
                     [d_model], divided by divided_by), token (its id), doc (its row in OUT/docs) and
                     pos (its position in that doc)
-    OUT/finetuned/  the same for the other model. Row i of both is the same token. Rows are shuffled
+    OUT/finetuned/  the same for the other model. Row i of both is the same token, in random order.
                     With --layer=7,13 the datasets are base_7, finetuned_7, base_13, finetuned_13
     OUT/docs/       a Hugging Face dataset, one row per text, or per piece of a text of over seq_len
                     tokens: input_ids, source (the row's, or the name in --text), text (its number
@@ -19,9 +19,9 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
                     tokens, rows of base; docs, rows of docs; dropped, by reason: tokens (also of
                     whole texts with an unknown_token) and rows of --text (empty_text, refused_row);
                     divided_by, a power of two, 1 unless rows are too large for float16; rounding
-                    (if dtype is not float32): by how much of A's norm it moves B - A, by layer,
-                    or [] if that could not be measured; tokenizer; versions of packages; shards
-                    and counts, for continuing
+                    (if dtype is not float32): the error of B - A that it makes, over the norm of A,
+                    by layer, or [] if that could not be measured; tokenizer; versions of packages;
+                    shards and counts, for continuing
 
 A token is left out if it is padding or BOS (with --keep_special=False any special token), if it is
 among the first skip_positions of its doc, if its norm at a place is over max_norm_ratio times the
@@ -508,8 +508,9 @@ class Harvest:
 
 
 def measure_rounding(harvest):
-    """Returns by how much of A's norm the models' dtype moves B - A, a list by layer. It runs 2,000
-    tokens through the models in float32, too, and returns [] if these do not fit into memory.
+    """Measures how far the models' dtype moves B - A. Runs 2,000 tokens through the models, and
+    again in float32. Returns a list by layer: the error of B - A, over the norm of A. Returns [] if
+    there is no memory for the models in float32.
     """
     device = harvest.models[0][0].device
     free = psutil.virtual_memory().available
@@ -519,17 +520,17 @@ def measure_rounding(harvest):
         print("rounding is not measured: there is no room for the models in float32, too")
         return []
     docs = harvest.read()
-    rows = harvest.no_rows
-    while not len(rows["raw"]):  # texts of special tokens may come first
+    rounded = harvest.no_rows
+    while not len(rounded["raw"]):  # texts of special tokens may come first
         shard = take_docs(docs, 2000)
-        rows, _ = harvest.run(shard)
+        rounded, _ = harvest.run(shard)
     in_float32 = Harvest(harvest.config | dict(dtype="float32"))
+    unrounded, _ = in_float32.run(shard)
     found = []
-    for runner in (harvest, in_float32):
-        rows, _ = runner.run(shard)
-        raw = runner.divided_by * rows["raw"].double()  # [row, place, d_model]
+    for divided_by, rows in ((harvest.divided_by, rounded), (in_float32.divided_by, unrounded)):
+        raw = divided_by * rows["raw"].double()  # [row, place, d_model]
         found.append(pd.DataFrame(dict(doc=rows["doc"], pos=rows["pos"], raw=list(raw))))
-    del in_float32, runner
+    del in_float32
     gc.collect()  # NNsight's models have reference cycles
     both = found[0].merge(found[1], on=["doc", "pos"])  # either may have dropped more rows
     exact = torch.stack(both.raw_y.tolist())

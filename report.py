@@ -108,7 +108,7 @@ class Texts:
             return lambda ids: " ".join(map(str, ids))
 
     def pieces(self, ids):
-        """Returns the text of each token, as a list. A letter of several tokens is at its last."""
+        """Returns the text of each token, as a list. The last token of a letter has the letter."""
         pieces = []
         done = ""
         for end in range(len(ids)):
@@ -361,13 +361,13 @@ class Estimate(NamedTuple):
 
 @torch.no_grad()
 def estimates_of(crosscoder, store, order):
-    """Returns {name: Estimate}. `order` are the latents, those of the largest effect first.
+    """Fits estimates of B - A to up to 50,000 training rows. Returns {name: Estimate}. `order` has
+    the latents, those with the largest effect first. The names:
     directions_n  the part of B - A in its n largest singular directions
     constant      the difference of b_dec
     map, rank_1   an affine map of A by ridge regression, and its part in one output direction
-    chosen_n      the constant, and the first n latents with their d_B - d_A; random_n: any n
+    chosen_n      the constant, and the first n latents with their d_B - d_A; random_n: n at random
     refitted_n    the first n latents, with directions and a constant that are fitted to B - A
-    They are fitted to up to 50,000 training rows.
     """
     raw = store.read(np.sort(store.shuffled(0)[:50_000])).to(crosscoder.scale)
     a, b = raw.unbind(1)
@@ -631,8 +631,8 @@ def promoted_at(texts, row, base, change):
 
 
 def changes_of(texts, active, maps, d_change):
-    """Returns {name: change [d_model]} of each name in active_rows: what it adds to A, on average
-    over its 20 strongest rows. A latent adds its strength times d_B - d_A.
+    """Returns {name: change [d_model]}: what each name in active_rows adds to A, averaged over its
+    20 strongest rows. A latent adds its strength times d_B - d_A.
     """
     changes = {}
     for name, rows in active.groupby("name", sort=False).head(20).groupby("name", sort=False):
@@ -646,7 +646,7 @@ def changes_of(texts, active, maps, d_change):
 
 
 def promoted_by(texts, active, base, changes):
-    """Returns {name: HTML of the tokens that its change promotes most, where it is strongest}."""
+    """Returns {name: HTML}: the tokens that each change promotes most, where it is strongest."""
     strongest = active.drop_duplicates("name").set_index("name")
     shown = {}
     for name, change in tqdm(changes.items(), desc="promoted tokens", delay=1, leave=False):
@@ -717,7 +717,7 @@ def by_group(rows, group):
 
 
 def add_splicing(by_source, found, can_share):
-    """Adds figures of splicing to the DataFrame by_source. can_share=False: no shares."""
+    """Adds columns of splicing to the DataFrame by_source. can_share=False leaves shares out."""
     for source, of_source in found.groupby("source", observed=True):
         figures = curve_of(of_source)
         by_source.loc[source, "texts"] = of_source.text.nunique()
@@ -852,7 +852,7 @@ def folded(tables, attribute=""):
 
 
 def as_html(written, changes, norm_of_A):
-    """Returns {name: HTML} of write_all's texts. It unfolds, and says on hover what was added."""
+    """Returns {name: HTML} of write_all's texts, folded. Hovering says what was added."""
     shown = {}
     for name, texts in written.items():
         lines = [html.escape(f"{prompt} → {text}") for prompt, text in texts.items()]
@@ -884,7 +884,7 @@ def page_of(said, meta, above, latents, svg, below):
 {generate_init_offline_itables_html(itables.options.dt_bundle)}<style>{STYLE}</style>
 <h1>{said[0]}</h1><p>A is the base model, B the model fine-tuned from it. {what}</p>{lines}
 {folded(above, "open")}<h2>Latents</h2>
-<p>Those first that carry most of the change, if there is one. Search finds words of the texts, too;
+<p>The first ones carry most of the change, if there is one. Search finds words of the texts, too;
 !opening leaves openings out. Hover explains columns.</p>
 <div class="wide">{every}</div><div class="svg">{svg}</div>{folded(below)}
 <details><summary>What the columns mean</summary><dl>{glossary}</dl><p>Latent scaling: arXiv
