@@ -64,9 +64,8 @@ allowed = dict(n_texts=train.at_least_1)
 
 
 class Texts:
-    """The texts of a store that collect.py wrote: meta, its meta.json; rows, a DataFrame of doc,
-    pos, token and source of each row, and held_out, the same of the held-out rows. has_docs is
-    False for other data, which has no texts.
+    """The texts of a store that collect.py wrote: meta, its meta.json, and rows, a DataFrame of the
+    doc, pos, token and source of each row. has_docs is False for other data, which has no texts.
     """
 
     meta = {}
@@ -88,12 +87,25 @@ class Texts:
             place = self.ids.offsets.to_numpy()[rows.doc] + rows.pos  # among the tokens of all docs
             np.testing.assert_array_equal(self.ids.values.to_numpy()[place], rows.token)
             assert place.is_unique, "a token of docs has two rows"
-            self.held_out = rows.iloc[data.val_rows].reset_index(drop=True)
             self.has_docs = True
 
     def doc(self, i):
         """Returns the token ids of a doc, as a list."""
         return self.ids[i].as_py()
+
+    @cached_property
+    def held_out(self):
+        """The held-out rows, a DataFrame of their columns in `rows`, and of change, the norm of
+        B - A, and base, that of A.
+        """
+        parts = []
+        for raw in self.store.held_out:
+            a, b = raw.double().unbind(1)
+            parts.append(torch.stack([b - a, a], dim=1).norm(dim=2))
+        norms = pd.DataFrame(torch.cat(parts).numpy(), columns=["change", "base"])
+        if not self.has_docs:
+            return norms.assign(source="all")
+        return self.rows.iloc[self.store.val_rows].reset_index(drop=True).join(norms)
 
     @cached_property
     def decode(self):
@@ -276,14 +288,16 @@ def load_models(texts, device):
     import collect
 
     with explain(f"{texts.store.path}/meta.json does not name two models and a hook in each"):
-        meta = collect.config | dict(divided_by=1.0) | texts.meta | dict(trust_remote_code=False)
-        places = meta.get("places", ["base", "finetuned"])
-        hooks = dict(zip(places, map(str, meta["hooks"]), strict=True))
-        hooks = {name.partition("_")[0]: hooks[name] for name in texts.store.names}
+        meta = collect.config | texts.meta | dict(trust_remote_code=False)
+        hooks = {}
+        for name in texts.store.names:
+            hook = meta["hooks"][meta["places"].index(name)]
+            hooks[name.partition("_")[0]] = str(hook)
         assert list(hooks) == ["base", "finetuned"], f"places {texts.store.names}"
+        divided_by = float(meta["divided_by"])
     models = []
     for key, hook in hooks.items():
-        models.append(Hooked(collect.load(key, meta, device)[0], hook, meta["divided_by"]))
+        models.append(Hooked(collect.load(key, meta, device)[0], hook, divided_by))
     sizes = {hooked.model.config.get_text_config().vocab_size for hooked in models}
     if len(sizes) > 1:
         fail("--splice=True: the models have vocabularies of different sizes")
@@ -291,8 +305,8 @@ def load_models(texts, device):
 
 
 def read_texts(texts, models, rows, n_texts):
-    """Yields (ids [1, position], positions with rows [n], raw [position, model, d_model]) of
-    n_texts docs of those rows. Ends the program if the models do not give the store's rows.
+    """Yields (source, ids [1, position], positions with rows [n], raw [position, model, d_model])
+    of n_texts docs of those rows. Ends the program if the models do not give the store's rows.
     """
     for doc in tqdm(texts.evenly(rows, n_texts), desc="texts", delay=1, leave=False):
         of_doc = texts.rows[texts.rows.doc == doc]
@@ -304,7 +318,7 @@ def read_texts(texts, models, rows, n_texts):
             raw = torch.stack(of_models, dim=1)
             error = (raw[kept].cpu() - stored).norm() / stored.norm()
             assert error <= 0.1, f"they are off by {error:.0%}"
-        yield ids, kept, raw
+        yield of_doc.source.iloc[0], ids, kept, raw
 
 
 @torch.no_grad()
@@ -323,7 +337,7 @@ def attribution(crosscoder, texts, models, n_texts):
     d_change, _ = decoder_change(crosscoder)
     total = 0
     n_tokens = 0
-    for ids, kept, raw in read_texts(texts, models, texts.store.train_rows, n_texts):
+    for _, ids, kept, raw in read_texts(texts, models, texts.store.train_rows, n_texts):
         f = crosscoder.encode(raw[kept]).detach()
         p = models[1].logits(ids, raw[:, 1]).softmax(-1)
         a = raw[:, 0].requires_grad_()
@@ -342,15 +356,15 @@ def ridge(x, y, penalty):
     """
     centered = x - x.mean(0)
     gram = centered.T @ centered
-    gram += penalty * gram.diag().mean() * torch.eye(len(gram)).to(gram)
+    gram.diagonal().add_(penalty * gram.diagonal().mean())
     # in float64: in float32, the pseudo-inverse would drop many directions as rounding
     W = (torch.linalg.pinv(gram.double(), hermitian=True) @ (centered.T @ y).double()).to(x)
     return W, y.mean(0) - x.mean(0) @ W
 
 
 class Estimate(NamedTuple):
-    """An estimate of B - A: features[:, columns] @ W + bias. The features are "a", the activations
-    of the base model, "f", the latents, or "b-a", B - A itself.
+    """An estimate of B - A: features[..., columns] @ W + bias. The features are "a", the
+    activations of the base model, "f", the latents, or "b-a", B - A itself.
     """
 
     features: str
@@ -358,14 +372,18 @@ class Estimate(NamedTuple):
     W: torch.Tensor
     bias: torch.Tensor
 
+    def of(self, y):
+        """Returns the estimate [..., d_model] for the features y [..., n]."""
+        return y[..., self.columns] @ self.W + self.bias
+
 
 @torch.no_grad()
 def estimates_of(crosscoder, store, order):
     """Fits estimates of B - A to up to 50,000 training rows. Returns {name: Estimate}. `order` has
     the latents, those with the largest effect first. The names:
     directions_n  the part of B - A in its n largest singular directions
-    constant      the difference of b_dec
     map, rank_1   an affine map of A by ridge regression, and its part in one output direction
+    constant      the difference of b_dec
     chosen_n      the constant, and the first n latents with their d_B - d_A; random_n: n at random
     refitted_n    the first n latents, with directions and a constant that are fitted to B - A
     """
@@ -378,16 +396,15 @@ def estimates_of(crosscoder, store, order):
     for n in (1, 5, 20, 100):
         estimates[f"directions_{n}"] = Estimate("b-a", every, V[:, :n] @ V[:, :n].T, 0)
     W, bias = ridge(a, change, 0.01)
-    d_change, constant = decoder_change(crosscoder)
-    estimates["constant"] = Estimate("a", every, 0 * W, constant)
     of_map = (a - a.mean(0)) @ W
     written = torch.linalg.eigh(of_map.T @ of_map).eigenvectors[:, -1]
     W_1 = W @ written.outer(written)
     estimates["rank_1"] = Estimate("a", every, W_1, change.mean(0) - a.mean(0) @ W_1)
     estimates["map"] = Estimate("a", every, W, bias)
+    d_change, constant = decoder_change(crosscoder)
     random = np.random.default_rng(0).permutation(order)
-    sets = {f"chosen_{n}": order[:n] for n in (1, 5, 20, 100)}
-    sets |= {f"random_{n}": random[:n] for n in (20, 100)} | dict(chosen_all=order)
+    sets = dict(constant=order[:0], random_20=random[:20], random_100=random[:100])
+    sets |= {f"chosen_{n}": order[:n] for n in (1, 5, 20, 100)} | dict(chosen_all=order)
     for name, latents in sets.items():
         estimates[name] = Estimate("f", latents, d_change[latents], constant)
     parts = [crosscoder.encode(part)[:, order[:100]] for part in raw.split(1024)]
@@ -411,14 +428,14 @@ def patches(crosscoder, raw, estimates):
     a, b = raw.unbind(1)
     yield "all_of_B", 0, b.numel(), b
     features = {"a": a, "f": crosscoder.encode(raw), "b-a": b - a}
-    for name, (of, columns, W, bias) in estimates.items():
-        y = features[of][:, columns]
+    for name, estimate in estimates.items():
+        y = features[estimate.features]
         active = 0
-        if of == "f":
-            active = (y > 0).sum().item()
-        if of == "b-a":  # as many as directions: the trace of a projection
-            active = len(y) * round(W.trace().item())
-        yield name, 0, active, a + y @ W + bias
+        if estimate.features == "f":
+            active = (y[:, estimate.columns] > 0).sum().item()
+        if estimate.features == "b-a":  # as many as directions: the trace of a projection
+            active = len(y) * round(estimate.W.trace().item())
+        yield name, 0, active, a + estimate.of(y)
 
 
 @torch.no_grad()
@@ -430,10 +447,8 @@ def splice_in(crosscoder, texts, models, n_texts, estimates):
     are sums over.
     """
     found = []
-    docs = texts.evenly(texts.store.val_rows, n_texts)
-    sources = texts.rows.drop_duplicates("doc").set_index("doc").source[docs]
     read = read_texts(texts, models, texts.store.val_rows, n_texts)
-    for text, (source, (ids, kept, raw)) in enumerate(zip(sources, read)):
+    for text, (source, ids, kept, raw) in enumerate(read):
         n = ids.numel()
         of_text = dict(text=text, source=source, n_l0=len(kept), n_ce=n - 1, n_kl=n)
         for name, m, active, values in patches(crosscoder, raw[kept], estimates):
@@ -450,14 +465,13 @@ def splice_in(crosscoder, texts, models, n_texts, estimates):
     return found
 
 
-def curve_of(found, weights=1):
-    """Returns a DataFrame by name of patch, for the rows of splice_in and a weight of each: l0 per
-    patched position, ce and kl in nats per token, and recovered: the drop in kl from clean_A, over
-    the drop by `all_of_B`, if that is at least 0.01. It is of patches that put something into A.
+def curve_of(found):
+    """Returns a DataFrame by name of patch, for the rows of splice_in: l0 per patched position, ce
+    and kl in nats per token, and recovered: the drop in kl from clean_A, over the drop by
+    `all_of_B`, if that is at least 0.01. It is of patches that put something into A.
     """
+    sums = found.groupby("name", sort=False).sum(numeric_only=True)
     names = ["l0", "ce", "kl"]
-    weighted = found.select_dtypes("number").mul(weights, axis=0)
-    sums = weighted.groupby(found.name, sort=False).sum()
     curve = sums[names] / sums[[f"n_{name}" for name in names]].to_numpy()
     gap = curve.kl.clean_A - curve.kl.all_of_B
     if gap >= 0.01:
@@ -467,15 +481,12 @@ def curve_of(found, weights=1):
 
 
 def spread_of(found):
-    """Returns the standard errors of the figures of curve_of, by a bootstrap over texts."""
-    rng = np.random.default_rng(0)
+    """Returns the standard errors of the figures of curve_of, by the jackknife over texts."""
     n = found.text.nunique()
-    curves = []
-    for _ in range(200):
-        often = np.bincount(rng.integers(n, size=n), minlength=n)  # how often each text is drawn
-        curves.append(curve_of(found, often[found.text]))
-    spread = pd.concat(curves).groupby(level=0, sort=False).std()
-    return spread if n > 1 else spread * np.nan  # one text has no spread
+    if n == 1:
+        return curve_of(found) * np.nan  # one text has no spread
+    curves = pd.concat(curve_of(found[found.text != text]) for text in range(n))
+    return curves.groupby(level=0, sort=False).std() * (n - 1) / n**0.5
 
 
 # --- Page -----------------------------------------------------------------------------------------
@@ -491,7 +502,7 @@ td, th { vertical-align: top; padding: 2px 5px !important; text-align: right }
 .texts { overflow-wrap: anywhere }
 .texts b { font-weight: normal; color: light-dark(black, white) }
 .texts b { background: light-dark(rgb(255 150 0/var(--s)), rgb(170 75 0/var(--s))) }
-.bar { display: inline-block; background: #e80; height: .7em; margin-right: .5em }"""
+meter { width: 20em }"""
 
 COLUMNS = dict(  # of the list of latents, each with what it means
     latent="number of the latent",
@@ -547,39 +558,34 @@ def shaded(tokens, shade):
 
 
 @torch.no_grad()
-def active_rows(model, texts, latents, maps):
-    """Returns a DataFrame of where latents and maps are active in up to 100,000 held-out rows:
-    name, row (of the held-out ones), doc, pos, source and strength. The strongest come first.
+def active_rows(model, texts, latents):
+    """Returns a DataFrame of where latents are active in up to 100,000 held-out rows: latent, row
+    (of the held-out ones), strength, doc, pos and source. The strongest come first.
     """
+    latents = np.array(latents)
     parts = []
     n = 0
-    is_listed = np.zeros(len(model.b_enc), bool)
-    is_listed[latents] = True
     for raw in islice(texts.store.held_out, 100):
-        f = model.encode(raw).cpu().numpy() * is_listed
-        row, name = f.nonzero()
-        parts.append(pd.DataFrame(dict(name=name, row=n + row, strength=f[row, name])))
-        a = raw[:, 0].to(model.b_dec)
-        for name, (_, _, W, bias) in maps.items():
-            strength = (a @ W + bias).norm(dim=1).cpu().numpy()
-            row = n + np.arange(len(a))
-            parts.append(pd.DataFrame(dict(name=name, row=row, strength=strength)))
+        f = model.encode(raw)[:, latents].cpu().numpy()
+        row, column = f.nonzero()
+        part = dict(latent=latents[column], row=n + row, strength=f[row, column])
+        parts.append(pd.DataFrame(part))
         n += len(raw)
-    active = pd.concat(parts).query("strength > 0")
+    active = pd.concat(parts)
     active = active.sort_values("strength", ascending=False, kind="stable", ignore_index=True)
     return active.join(texts.held_out[["doc", "pos", "source"]], on="row")
 
 
-def examples_of(texts, active):
-    """Returns the five texts in which each name of active_rows is strongest, as a DataFrame: name,
+def examples_of(texts, active, n=5):
+    """Returns the n texts in which each latent of active_rows is strongest, as a DataFrame: latent,
     doc, source, pos (of the strongest token), tokens (the texts of those around it, a list) and
     activations (of these tokens, a list).
     """
-    best = active.drop_duplicates(["name", "doc"]).groupby("name", sort=False).head(5)
-    near = best.merge(active, on=["name", "doc"], suffixes=("", "_near"))
+    best = active.drop_duplicates(["latent", "doc"]).groupby("latent", sort=False).head(n)
+    near = best.merge(active, on=["latent", "doc"], suffixes=("", "_near"))
     near = near[(near.pos_near - near.pos).between(-16, 8)]
     examples = []
-    keys = ["name", "doc", "source", "pos"]
+    keys = ["latent", "doc", "source", "pos"]
     for values, of_text in near.groupby(keys, sort=False):
         _, doc, _, pos = values
         first = max(0, pos - 16)
@@ -595,27 +601,27 @@ def as_texts(lines):
     return f'<div class="texts">{"<br>".join(lines)}</div>'
 
 
-def described(held_out, active, examples):
-    """Returns a DataFrame by name in active_rows: texts (HTML), source, opening and position."""
-    lines = {}
-    largest = active.groupby("name").strength.max()
+def described(texts, active, examples):
+    """Returns a DataFrame by latent in active_rows: texts (HTML), source, opening and position."""
+    largest = active.groupby("latent").strength.max()
+    lines = []
     for example in examples.itertuples():
-        shade = np.divide(example.activations, largest[example.name])
-        lines.setdefault(example.name, []).append(shaded(example.tokens, shade))
-    shown = pd.DataFrame(dict(texts={name: as_texts(y) for name, y in lines.items()}))
+        shade = np.divide(example.activations, largest[example.latent])
+        lines.append(shaded(example.tokens, shade))
+    shown = examples.assign(texts=lines).groupby("latent").texts.agg(as_texts).to_frame()
 
-    strongest = active.groupby("name").head(20)
-    share = pd.crosstab(strongest.name, strongest.source, normalize="index")
-    if held_out.source.nunique() > 1:
-        usual = held_out.source.value_counts(normalize=True)
-        for name, first in (share - usual).idxmax(axis=1).items():
-            of_all = f"{share.loc[name, first]:.0%} (of all {usual[first]:.0%})"
-            shown.loc[name, "source"] = f"{html.escape(first)} {of_all}"
-    by_name = strongest.pos.groupby(strongest.name)
-    early = by_name.agg(lambda pos: (pos <= 10).mean())
-    is_opening = (early >= 0.9) & (early > 2 * (held_out.pos <= 10).mean())
-    shown["opening"] = is_opening.map({True: "opening", False: ""})
-    return shown.assign(position=by_name.median())
+    strongest = active.groupby("latent").head(20)
+    share = pd.crosstab(strongest.latent, strongest.source, normalize="index")
+    usual = texts.held_out.source.value_counts(normalize=True)
+    if len(usual) > 1:
+        for latent, source in (share - usual).idxmax(axis=1).items():
+            of_all = f"{share.loc[latent, source]:.0%} (of all {usual[source]:.0%})"
+            shown.loc[latent, "source"] = f"{html.escape(source)} {of_all}"
+    pos = strongest.groupby("latent").pos
+    early = pos.agg(lambda pos: (pos <= 10).mean())
+    is_opening = (early >= 0.9) & (early > 2 * (texts.held_out.pos <= 10).mean())
+    shown["opening"] = np.where(is_opening, "opening", "")
+    return shown.assign(position=pos.median())
 
 
 def promoted_at(texts, row, base, change):
@@ -630,42 +636,37 @@ def promoted_at(texts, row, base, change):
     return base.logits(ids, raw)[-1].softmax(-1) - before
 
 
-def changes_of(texts, active, maps, d_change):
-    """Returns {name: change [d_model]}: what each name in active_rows adds to A, averaged over its
-    20 strongest rows. A latent adds its strength times d_B - d_A.
+def changes_of(active, d_change):
+    """Returns {latent: d_B - d_A [d_model], as large as it is on average in the 20 rows in which it
+    is strongest} for the latents of active_rows.
     """
-    changes = {}
-    for name, rows in active.groupby("name", sort=False).head(20).groupby("name", sort=False):
-        if name in maps:
-            _, _, W, bias = maps[name]
-            raw = texts.store.read(np.sort(texts.store.val_rows[rows.row]))
-            changes[name] = (raw[:, 0].to(W) @ W + bias).mean(0)
-        else:
-            changes[name] = rows.strength.mean() * d_change[name]
-    return changes
+    strongest = active.groupby("latent", sort=False).head(20)
+    strength = strongest.groupby("latent", sort=False).strength.mean()
+    return {latent: y * d_change[latent] for latent, y in strength.items()}
 
 
 def promoted_by(texts, active, base, changes):
-    """Returns {name: HTML}: the tokens that each change promotes most, where it is strongest."""
-    strongest = active.drop_duplicates("name").set_index("name")
+    """Returns {latent: HTML}: the tokens that its change promotes most, where it is strongest."""
+    strongest = active.drop_duplicates("latent").set_index("latent")
     shown = {}
-    for name, change in tqdm(changes.items(), desc="promoted tokens", delay=1, leave=False):
-        rise, token = promoted_at(texts, strongest.loc[name], base, change).topk(5)
+    for latent, change in tqdm(changes.items(), desc="promoted tokens", delay=1, leave=False):
+        rise, token = promoted_at(texts, strongest.loc[latent], base, change).topk(5)
         lines = [f"{texts.decode([t])[:20]!r} {y:+.2g}" for t, y in zip(token.tolist(), rise)]
-        shown[name] = "<br>".join(map(html.escape, lines))
+        shown[latent] = "<br>".join(map(html.escape, lines))
     return shown
 
 
 @torch.no_grad()
 def write(hooked, ids, change, n_tokens=40):
     """Returns what a Hooked model writes after the prompts ids [prompt, position], greedily, if
-    `change` [d_model] is added at every position of its hook: token ids [prompt, n_tokens].
+    `change`, an Estimate from its activations, is added at every position of its hook: token ids
+    [prompt, n_tokens].
     """
     from collect import hidden
 
     def add(module, inputs, output):
-        y = hidden(output)
-        patched = y + torch.as_tensor(hooked.divided_by * change).to(y)
+        raw = hidden(output).float() / hooked.divided_by
+        patched = (hooked.divided_by * (raw + change.of(raw))).to(hidden(output))
         return patched if isinstance(output, torch.Tensor) else (patched,) + output[1:]
 
     model = hooked.language_model
@@ -677,36 +678,19 @@ def write(hooked, ids, change, n_tokens=40):
 
 def write_all(texts, models, changes):
     """Returns what the models write after the beginnings of three held-out docs, as a DataFrame by
-    prompt: base, finetuned, and the base model with each of `changes` {name: [d_model]}.
+    prompt: base, finetuned, and the base model with each of `changes` {name: Estimate}.
     """
-
-    def decode(ids):
-        return texts.decode(ids).replace("\n", "↵")
-
     docs = [texts.doc(doc) for doc in texts.evenly(texts.store.val_rows, 100)]
     n = min(12, max(map(len, docs)))
     prompts = [ids[:n] for ids in docs if len(ids) >= n][:3]
-    prompts = torch.tensor(prompts, device=models[0].language_model.device)
-    steered = dict(base=(models[0], 0), finetuned=(models[1], 0))
+    ids = torch.tensor(prompts, device=models[0].language_model.device)
+    nothing = Estimate("a", [], torch.zeros(0, 1).to(ids.device), 0)
+    steered = dict(base=(models[0], nothing), finetuned=(models[1], nothing))
     steered |= {name: (models[0], change) for name, change in changes.items()}
-    written = {}
+    written = dict(prompt=map(texts.decode, prompts))
     for name, (hooked, change) in tqdm(steered.items(), desc="generate", delay=1, leave=False):
-        written[name] = map(decode, write(hooked, prompts, change).tolist())
-    return pd.DataFrame(written, index=map(decode, prompts.tolist()))
-
-
-def held_out_rows(texts):
-    """Returns a DataFrame of the held-out rows: change, the norm of B - A, and base, that of A. If
-    the store has docs, it has their columns, too.
-    """
-    parts = []
-    for raw in texts.store.held_out:
-        a, b = raw.float().unbind(1)
-        parts.append(torch.stack([b - a, a], dim=1).norm(dim=2))
-    rows = pd.DataFrame(torch.cat(parts).numpy(), columns=["change", "base"])
-    if not texts.has_docs:
-        return rows.assign(source="all")
-    return pd.concat([rows, texts.held_out], axis=1)
+        written[name] = map(texts.decode, write(hooked, ids, change).tolist())
+    return pd.DataFrame(written).replace("\n", "↵", regex=True).set_index("prompt")
 
 
 def by_group(rows, group):
@@ -716,17 +700,17 @@ def by_group(rows, group):
     return pd.DataFrame({"rows": groups.size(), "||B - A|| / ||A||": mean.change / mean.base})
 
 
-def add_splicing(by_source, found, can_share):
-    """Adds columns of splicing to the DataFrame by_source. can_share=False leaves shares out."""
-    for source, of_source in found.groupby("source", observed=True):
-        figures = curve_of(of_source)
-        by_source.loc[source, "texts"] = of_source.text.nunique()
-        by_source.loc[source, "CE of A"] = figures.ce.clean_A
-        by_source.loc[source, "CE of B"] = figures.ce.clean_B
-        by_source.loc[source, "KL"] = figures.kl.clean_A
-        if can_share and "recovered" in figures:
-            for name in ("constant", "chosen_20", "chosen_all"):
-                by_source.loc[source, f"{name} recovers"] = figures.recovered[name]
+def add_splicing(by_source, found, figures):
+    """Adds columns of splicing to the DataFrame by_source: those of `figures`, of curve_of."""
+    sources = found.groupby("source", observed=True)
+    by_source["texts"] = sources.text.nunique()
+    curves = pd.concat({source: curve_of(of_source) for source, of_source in sources}).unstack()
+    shown = {"CE of A": ("ce", "clean_A"), "CE of B": ("ce", "clean_B"), "KL": ("kl", "clean_A")}
+    for name in ("constant", "chosen_20", "chosen_all"):
+        shown[f"{name} recovers"] = ("recovered", name)
+    for title, (figure, name) in shown.items():
+        if figure in figures and figure in curves:
+            by_source[title] = curves[figure, name]
 
 
 def verdict(d_hidden, table, row, by_source, found, curve, spread):
@@ -790,36 +774,32 @@ def bars(curve, spread):
     lines = ""
     for name, meaning in EXPLAINED.items():
         share = curve.recovered[name]
-        bar = f'<span class="bar" style="width: {max(0, min(1, share)) * 20:.1f}em"></span>'
-        figure = f"{bar}{share:.0%} ± {spread.recovered[name]:.0%}"
-        lines += f'<tr><td>{meaning}</td><td style="text-align: left">{figure}</td></tr>'
-    return (
-        f"<table>{lines}</table><p>* needs B's activation. ± is the standard error over texts.</p>"
-    )
+        figure = f"{share:.0%} ± {spread.recovered[name]:.0%}"
+        lines += f'<tr><td>{meaning}<td><meter value="{share:.2f}"></meter> {figure}'
+    return f"<table>{lines}</table><p>* needs B's activation. ± is the standard error over texts."
 
 
 def pictures(table, rows, curve, path):
     """Draws latents, training and splicing into an SVG file. Returns it as HTML."""
     names = ["loss", "explained_variance", "explained_variance_difference", "dead_latents"]
     training = pd.DataFrame(rows, columns=["step", *names], dtype=float).dropna(subset="loss")
+    shown = {  # column, and its smallest and largest number
+        "relative norm (0: base, 1: fine-tuned)": (table.relative_norm, 0, 1),
+        "cosine": (table.cosine, -1, 1),
+        "log10 of frequency": (np.log10(table.frequency.where(table.frequency > 0)), -6, 0),
+    }
     style = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8, "legend.frameon": False}
     with rc_context(style):
         figure = Figure(figsize=(11, 4.8), layout="constrained")
         above, below = figure.subplots(2, 4)
-        for kind, of_kind in table.groupby("kind"):
-            relative_norm = of_kind.relative_norm.dropna()
-            above[0].hist(relative_norm, bins=np.linspace(0, 1, 51), label=kind)
+        training.plot("step", subplots=True, ax=below, marker=".", legend=False, title=names)
+        for axes, (label, (column, *ends)) in zip(above, shown.items()):
+            axes.set_visible(column.notna().any())  # the basis difference has no cosine
+            for kind, of_kind in column.groupby(table.kind):
+                axes.hist(of_kind.dropna(), bins=np.linspace(*ends, 51), label=kind)
+            axes.set(yscale="symlog", ylabel="latents", xlabel=label)
         if len(table):
             above[0].legend(loc="upper left", fontsize=6)
-        frequency = np.log10(table.frequency.replace(0, np.nan).astype(float))
-        cosine = table.cosine.astype(float).dropna()
-        above[1].hist(cosine, bins=np.linspace(-1, 1, 51))
-        above[2].hist(frequency, bins=np.linspace(-6, 0, 51))
-        labels = ["relative norm (0: base, 1: fine-tuned)", "cosine", "log10 of frequency"]
-        for axes, label in zip(above, labels):
-            axes.set(yscale="symlog", ylabel="latents", xlabel=label)
-        for axes in above[:2]:  # the basis difference has neither
-            axes.set_visible(table.cosine.notna().any())
         above[3].set_visible("recovered" in curve)
         if "recovered" in curve:
             for name in ("chosen", "refitted", "random", "directions"):
@@ -829,9 +809,7 @@ def pictures(table, rows, curve, path):
                 above[3].axhline(curve.recovered[name], label=name, color="grey", linestyle=line)
             above[3].set(xscale="log", ylim=(0, 1), xlabel="active a token (* needs B)")
             above[3].set_title("KL recovered")
-            legend = above[3].get_legend_handles_labels()
-            figure.legend(*legend, loc="outside lower right", ncols=6)
-        training.plot("step", subplots=True, ax=below, marker=".", legend=False, title=names)
+            figure.legend(loc="outside lower right", ncols=6)
         save = partial(figure.savefig, format="svg", transparent=True, metadata=dict(Date=None))
         train.write_atomically(path, save)
     return path.read_text(encoding="utf-8").replace("#000000", "currentColor")
@@ -849,17 +827,6 @@ def folded(tables, attribute=""):
         table = f'<div class="wide">{table}</div>'
         lines += f"<details {attribute}><summary>{title}</summary>{table}</details>"
     return lines
-
-
-def as_html(written, changes, norm_of_A):
-    """Returns {name: HTML} of write_all's texts, folded. Hovering says what was added."""
-    shown = {}
-    for name, texts in written.items():
-        lines = [html.escape(f"{prompt} → {text}") for prompt, text in texts.items()]
-        size = changes[name].norm() / norm_of_A
-        hover = f"a change of {size:.2g} of A's mean norm is added to the base everywhere"
-        shown[name] = folded({"writes": as_texts(lines)}, f'title="{hover}"')
-    return shown
 
 
 def page_of(said, meta, above, latents, svg, below):
@@ -900,38 +867,36 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         print("no report: it compares two models, on rows that are held out (val_tokens)")
         return ""
     torch.set_float32_matmul_precision("highest")  # fits of B - A do not go with TF32
-    splice = splice or generate
     texts = Texts(data)
-    if splice and not texts.has_docs:
+    if (splice or generate) and not texts.has_docs:
         fail("--splice=True takes a store that collect.py wrote")
     out = Path(config["out_dir"])
 
     # how large the change is, and a table of the latents
     dead_after = config["dead_after"]
     row, frequency = train.validate(model, data, config["l1_coeff"], dead_after)
-    held_out = held_out_rows(texts)
-    row["relative_difference"] = held_out.change.mean() / held_out.base.mean()
+    row = {key: float(y) for key, y in row.items() if y.isfinite()}
+    by_source = by_group(texts.held_out, "source")
+    size = texts.held_out.base.mean()
+    row["relative_difference"] = texts.held_out.change.mean() / size
     row["noise"] = 1e-4  # if B - A is not larger, it is taken for none
     if texts.meta.get("rounding"):  # measured by collect.py
         row["rounding"] = texts.meta["rounding"][texts.meta["places"].index(data.names[0]) // 2]
         row["noise"] = max(row["noise"], 1.5 * row["rounding"])
-    row = {key: float(y) for key, y in row.items() if np.isfinite(float(y))}
-    table = latents_of(model, data, frequency, dead_after, len(held_out))
+    table = latents_of(model, data, frequency, dead_after, len(texts.held_out))
+    table = table.sort_values("change_per_token", ascending=False, kind="stable")
+    above = {}
+    below = {}
 
     # what carries the change
-    models = []
-    maps = {}
     found = curve = spread = pd.DataFrame()
-    if splice:
+    if splice or generate:
         models = load_models(texts, frequency.device)
         row["ranking_texts"] = len(texts.evenly(data.train_rows, -(-n_texts // 2)))
         effect = attribution(model, texts, models, row["ranking_texts"])
         table.insert(0, "nats_per_token", effect[table.index])
-    table = table.sort_values(table.columns[0], ascending=False, kind="stable")
-    train.write_atomically(out / "latents.csv", table.rename_axis("latent").to_csv)
-    if splice:
+        table = table.sort_values("nats_per_token", ascending=False, kind="stable")
         estimates = estimates_of(model, data, table.index)
-        maps = {name: estimates[name] for name in ("rank_1", "map")}
         found = splice_in(model, texts, models, n_texts, estimates)
         curve = curve_of(found)
         if row["relative_difference"] <= row["noise"]:
@@ -943,64 +908,54 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         of_curve = {f"{column}_{name}": y for (column, name), y in curve.unstack().items()}
         of_curve = {f"val/{key}": y for key, y in (row | of_curve).items() if np.isfinite(y)}
         train.write_rows(out, [dict(step=config["steps"]) | of_curve])
+        add_splicing(by_source, found, curve)
+        below["All patches"] = to_html(curve.join(spread.add_suffix(" ±")))
+    if "recovered" in curve:
+        above["What it takes to recover that"] = bars(curve, spread)
+    above["By source"] = to_html(by_source)
+    train.write_atomically(out / "latents.csv", table.rename_axis("latent").to_csv)
 
     # the texts of the first 5,000 latents, and of all that one model has alone
-    alone = table[table.kind.str.endswith("only") | (table.confirmed != "")]
-    first = table.index[:5000].union(alone.index, sort=False)
-    latents = table.loc[first]
-    above = {}
-    below = {}
-    by_source = by_group(held_out, "source")
+    alone = table.index[table.kind.str.endswith("only") | (table.confirmed != "")]
+    first = table.index[:5000].union(alone, sort=False)
     if texts.has_docs:
         names = ["up to 3", "4 to 10", "11 to 20", "21 to 50", "later"]
-        position = pd.cut(held_out.pos, [-1, 3, 10, 20, 50, 10**9], labels=names)
-        above["By position in the text"] = to_html(by_group(held_out, position))
-        active = active_rows(model, texts, first, maps)
+        position = pd.cut(texts.held_out.pos, [-1, 3, 10, 20, 50, 10**9], labels=names)
+        above["By position in the text"] = to_html(by_group(texts.held_out, position))
+        active = active_rows(model, texts, first)
         examples = examples_of(texts, active)
-        of_latents = examples[~examples.name.isin(maps)].rename(columns=dict(name="latent"))
-        to_json = partial(of_latents.to_json, orient="records", lines=True)
+        to_json = partial(examples.to_json, orient="records", lines=True)
         train.write_atomically(out / "latents.jsonl", to_json)
-        shown = described(held_out, active, examples)
-        if "recovered" in curve:
-            names = table.index[:20].union(alone.index[:40], sort=False).union(list(maps))
-            d_change, _ = decoder_change(model)
-            changes = changes_of(texts, active[active.name.isin(names)], maps, d_change)
-            shown["promoted"] = pd.Series(promoted_by(texts, active, models[0], changes))
-        if "recovered" in curve and generate:
-            steered = dict(constant=estimates["constant"].bias, rank_1=changes["rank_1"])
-            for name in table.index[:10].intersection(list(changes)):
-                steered[name] = changes[name]
+        table = table.join(described(texts, active, examples))
+    if "recovered" in curve:
+        is_changing = active.latent.isin(table.index[:20].union(alone[:40]))
+        changes = changes_of(active[is_changing], decoder_change(model)[0])
+        promoted = promoted_by(texts, active, models[0], changes)
+        table["promoted"] = pd.Series(promoted, dtype=object)
+        if generate:
+            constant = estimates["constant"]
+            steered = {name: estimates[name] for name in ("constant", "rank_1", "map")}
+            listed = table.index[:10].intersection(list(changes))
+            steered |= {latent: constant._replace(bias=changes[latent]) for latent in listed}
             written = write_all(texts, models, steered)
-            of_models = ["base", "finetuned", "constant", "rank_1"]
-            of_models = written[of_models].rename(html.escape)
-            of_models = of_models.map(lambda text: as_texts([html.escape(text)]))
-            above["What the models write after three beginnings (greedily)"] = to_html(
-                of_models.T, escape=False
-            )
-            of_latents = written.drop(columns=of_models.columns)
-            shown["writes"] = pd.Series(as_html(of_latents, steered, held_out.base.mean()))
-        table = table.join(shown[["opening", "position"]])
-        if "promoted" in shown:
-            baselines = shown.reindex(maps)[["texts", "promoted"]].dropna()
-            below["Baselines"] = to_html(baselines, escape=False)
-        for column in shown.columns.intersection(["promoted", "writes"]):
-            shown[column] = shown[column].fillna("")
-        latents = latents.join(shown)
+            of_models = written.drop(columns=listed)
+            above["What the models write after three beginnings (greedily)"] = to_html(of_models.T)
+            for latent in listed:
+                of_size = changes[latent].norm() / size
+                hover = f"a change of {of_size:.2g} of A's mean norm, added to A everywhere"
+                lines = as_texts([to_html(written[[latent]], header=False, index_names=False)])
+                table.loc[latent, "writes"] = folded({"writes": lines}, f'title="{hover}"')
     said = verdict(len(frequency), table, row, by_source, found, curve, spread)
 
     # the page
-    if splice:
-        add_splicing(by_source, found, "recovered" in curve)
-    above = {"By source": to_html(by_source)} | above
-    if "recovered" in curve:
-        above = {"What it takes to recover that": bars(curve, spread)} | above
-        below["All patches"] = to_html(curve.join(spread.add_suffix(" ±")))
     run = pd.json_normalize(config | dict(store=texts.meta, val=row), sep="/").iloc[0]
     run = run.drop(["resume", "trust_remote_code"], errors="ignore")
     below["The run"] = to_html(run.to_frame(""))
     svg = pictures(table, rows, curve, out / "report.svg")
-    latents = latents.rename_axis("latent").reset_index()
+    latents = table.loc[first].rename_axis("latent").reset_index()
     latents = latents[[name for name in COLUMNS if name in latents]].dropna(axis=1, how="all")
+    texts_columns = latents.columns.intersection(["promoted", "writes"])
+    latents[texts_columns] = latents[texts_columns].fillna("")
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.3g}".format):
         page = page_of(said, texts.meta, above, latents, svg, below)
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))
@@ -1024,17 +979,13 @@ def open_run(run, device="auto"):
 
 
 def texts_of(run, latent, n=5):
-    """Returns the n held-out texts of a run in which a latent is strongest, a DataFrame: doc, pos
-    (of the strongest token), source, strength, token and text.
+    """Returns the n held-out texts of a run in which a latent is strongest, as `examples_of` does,
+    with the text around the strongest token.
     """
     model, data, _, _ = open_run(run)
     texts = Texts(data)
-    active = active_rows(model, texts, [latent], {})
-    found = active.drop_duplicates("doc").head(n)
-    docs = [texts.doc(doc) for doc in found.doc]
-    token = [texts.decode([ids[pos]]) for ids, pos in zip(docs, found.pos)]
-    columns = ["doc", "pos", "source", "strength"]
-    return found[columns].assign(token=token, text=[texts.decode(ids) for ids in docs])
+    examples = examples_of(texts, active_rows(model, texts, [latent]), n)
+    return examples.assign(text=examples.tokens.map("".join))
 
 
 def main(argv):
