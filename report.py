@@ -220,10 +220,10 @@ def toy_score(toy, model, table):
     each model that has it. A feature is recovered if a latent of its kind matches it, and confirmed
     if a confirmed latent does. A latent that recovers no feature is false.
     """
-    d = model.in_models(model.W_dec).cpu()[table.index]
-    near = torch.cosine_similarity(d[:, None], toy.directions, dim=3) > 0.9
-    near |= ~toy.directions.any(2)
-    near = near.all(2).numpy()  # [latent, feature]
+    d = F.normalize(model.in_models(model.W_dec).cpu()[table.index], dim=2)
+    planted = F.normalize(toy.directions, dim=2)
+    cosine = einsum(d, planted, "latent model d, feature model d -> latent feature model")
+    near = ((cosine > 0.9) | ~planted.any(2)).all(2).numpy()  # [latent, feature]
     recovers = near & (table.kind.to_numpy()[:, None] == toy.kind)
     confirms = near & (table.confirmed != "").to_numpy()[:, None]
     features = dict(kind=toy.kind, planted=1, recovered=recovers.any(0), confirmed=confirms.any(0))
@@ -875,7 +875,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     # how large the change is, and a table of the latents
     dead_after = config["dead_after"]
     row, frequency = train.validate(model, data, config["l1_coeff"], dead_after)
-    row = {key: float(y) for key, y in row.items() if y.isfinite()}
+    row = {key: float(y) for key, y in row.items() if np.isfinite(float(y))}
     by_source = by_group(texts.held_out, "source")
     size = texts.held_out.base.mean()
     row["relative_difference"] = texts.held_out.change.mean() / size
@@ -931,7 +931,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         is_changing = active.latent.isin(table.index[:20].union(alone[:40]))
         changes = changes_of(active[is_changing], decoder_change(model)[0])
         promoted = promoted_by(texts, active, models[0], changes)
-        table["promoted"] = pd.Series(promoted, dtype=object)
+        table["promoted"] = table.index.map(promoted).fillna("")
         if generate:
             constant = estimates["constant"]
             steered = {name: estimates[name] for name in ("constant", "rank_1", "map")}
@@ -940,11 +940,13 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
             written = write_all(texts, models, steered)
             of_models = written.drop(columns=listed)
             above["What the models write after three beginnings (greedily)"] = to_html(of_models.T)
+            writes = {}
             for latent in listed:
                 of_size = changes[latent].norm() / size
                 hover = f"a change of {of_size:.2g} of A's mean norm, added to A everywhere"
                 lines = as_texts([to_html(written[[latent]], header=False, index_names=False)])
-                table.loc[latent, "writes"] = folded({"writes": lines}, f'title="{hover}"')
+                writes[latent] = folded({"writes": lines}, f'title="{hover}"')
+            table["writes"] = table.index.map(writes).fillna("")
     said = verdict(len(frequency), table, row, by_source, found, curve, spread)
 
     # the page
@@ -954,8 +956,6 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     svg = pictures(table, rows, curve, out / "report.svg")
     latents = table.loc[first].rename_axis("latent").reset_index()
     latents = latents[[name for name in COLUMNS if name in latents]].dropna(axis=1, how="all")
-    texts_columns = latents.columns.intersection(["promoted", "writes"])
-    latents[texts_columns] = latents[texts_columns].fillna("")
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.3g}".format):
         page = page_of(said, texts.meta, above, latents, svg, below)
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))
