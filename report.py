@@ -494,12 +494,11 @@ def spread_of(found):
 STYLE = """:root { color-scheme: light dark; font: 14px/1.45 system-ui } h1 { font-size: 1.4em }
 body { max-width: 96em; margin: 1.5em auto; padding: 0 1em } .wide, .svg { overflow-x: auto }
 .svg svg, td, th { fill: currentColor; font-size: 12px } p { margin: .3em 0; max-width: 60em }
-td, th { vertical-align: top; padding: 2px 5px !important; text-align: right }
+td, th { vertical-align: top; padding: 2px 5px !important; text-align: left }
 .dt-container, #latents, #latents td { background: none !important; color: inherit !important }
 #latents th { white-space: normal; font-size: 10px } #latents .dt-column-order { display: none }
 #latents td { font-size: 11px } #latents td:not(:has(.texts)) { white-space: nowrap }
-.texts { text-align: left; white-space: pre-wrap; width: 32em; max-width: 80vw }
-.texts { overflow-wrap: anywhere }
+.texts { white-space: pre-wrap; width: 32em; max-width: 80vw; overflow-wrap: anywhere }
 .texts b { font-weight: normal; color: light-dark(black, white) }
 .texts b { background: light-dark(rgb(255 150 0/var(--s)), rgb(170 75 0/var(--s))) }
 meter { width: 20em }"""
