@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 import zstandard
 from datasets import Dataset, load_from_disk
+from filelock import FileLock
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -57,6 +58,7 @@ import report
 import train
 
 torch.set_num_threads(1)  # all is small here: threads would only wait for each other
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # seconds after a parquet file, before an exit
 VARIANTS = ["vanilla", "topk", "batchtopk"]
 
 
@@ -4196,18 +4198,21 @@ train.PartialState().destroy_process_group()
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """The folders in which one process and two processes did RUNS."""
-    folder = tmp_path_factory.mktemp("runs")
-    random_store(folder / "acts")
-    path = folder / "runs.py"
-    path.write_text(RUNS)
-    for n in (1, 2):
-        (folder / str(n)).mkdir()
-    torchrun(2, path, HERE, folder / "2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["runs.py", str(HERE), str(folder / "1")])
-        runpy.run_path(str(path))
+def runs(tmp_path_factory, worker_id):
+    """The folders in which one process and two processes did RUNS, once for all test workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "runs"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            random_store(folder / "acts")
+            path = folder / "runs.py"
+            path.write_text(RUNS)
+            for n in (1, 2):
+                (folder / str(n)).mkdir()
+            torchrun(2, path, HERE, folder / "2")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", ["runs.py", str(HERE), str(folder / "1")])
+                runpy.run_path(str(path))
     return folder / "1", folder / "2"
 
 
