@@ -214,15 +214,10 @@ class Toy:
         return rows.chunk(process.num_processes)[process.process_index]
 
 
-def views_of(column):
-    """Returns numpy views [rows, d_model] of the chunks of a column of lists, which copy nothing,
-    and where each begins and the last one ends [chunks + 1].
-    """
-    views = []
-    for chunk in column.chunks:
-        for d_model in pc.unique(pc.list_value_length(chunk)).to_pylist():
-            views.append(chunk.flatten().to_numpy().reshape(len(chunk), d_model))
-    return views, np.cumsum([0] + [len(view) for view in views])
+def view_of(lists):
+    """Returns a numpy view [rows, d_model] of an Arrow array of lists, which copies nothing."""
+    lengths = pc.list_value_length(lists).unique().to_pylist()  # if several: cannot reshape
+    return lists.flatten().to_numpy().reshape(len(lists), *lengths)
 
 
 class Store:
@@ -240,11 +235,6 @@ class Store:
         what = f"--data={self.path}: neither toy, nor stream, nor a store of aligned rows of floats"
         with explain(what):
             tables = [load_from_disk(self.path / name).data.table for name in self.names]
-            self.views = [views_of(table["activation"]) for table in tables]
-            sizes = {view.shape[1] for views, _ in self.views for view in views}
-            assert len(sizes) == 1, f"activations of d_model {sizes}"
-            self.d_model = sizes.pop()
-            self.dtype = np.result_type(*[views[0] for views, _ in self.views])
             self.columns, *others = [table.drop_columns("activation") for table in tables]
             n = len(tables[0])
             for other in others:
@@ -252,16 +242,22 @@ class Store:
                 for name in set(self.columns.column_names) | set(other.column_names):
                     if self.columns[name] != other[name]:  # says where they first differ
                         np.testing.assert_array_equal(self.columns[name], other[name], name)
-            doc = pa.chunked_array([np.arange(n) // 64])  # neighbours may be of one text
+            activations = pa.table([table["activation"] for table in tables], names=self.names)
+            batches = activations.to_batches()  # with the same rows of every model
+            self.views = [[view_of(lists) for lists in batch.columns] for batch in batches]
+            self.starts = np.cumsum([0] + [len(batch) for batch in batches])
+            sizes = {view.shape[1] for views in self.views for view in views}
+            assert len(sizes) == 1, f"activations of d_model {sizes}"
+            self.d_model = sizes.pop()
+            self.dtype = np.result_type(*self.views[0])
+            doc = pd.Series(np.arange(n) // 64)  # neighbours may be of one text
             if "doc" in self.columns.column_names:
-                doc = self.columns["doc"]
+                doc = self.columns["doc"].to_pandas()
             n_held_out = config["val_tokens"]
             if n_held_out < 0:
                 n_held_out = np.clip(n // 100, min(8192, n // 10), 1_000_000)
-            sizes = pa.Table.from_struct_array(doc.value_counts()).to_pandas()
-            sizes = sizes.sample(frac=1, random_state=0)
-            held_out = sizes["values"][sizes.counts.cumsum() - sizes.counts < n_held_out]
-            is_held_out = pc.is_in(doc, pa.array(held_out)).to_numpy()
+            sizes = doc.value_counts(sort=False).sample(frac=1, random_state=0)
+            is_held_out = doc.isin(sizes.index[sizes.cumsum() - sizes < n_held_out])
             self.train_rows = np.flatnonzero(~is_held_out)
             self.val_rows = np.flatnonzero(is_held_out)
             left = len(self.train_rows)
@@ -280,13 +276,13 @@ class Store:
 
     def take(self, rows):
         """Returns raw activations [n, model, d_model] of sorted rows, in the store's float type."""
-        raw = np.empty((len(self.views), len(rows), self.d_model), self.dtype)
-        for of_model, (views, starts) in zip(raw, self.views):
-            at = rows.searchsorted(starts)
-            for view, start, lo, hi in zip(views, starts, at, at[1:]):
-                if lo < hi:
-                    of_model[lo:hi] = view[rows[lo:hi] - start]
-        return torch.from_numpy(raw).transpose(0, 1)
+        raw = np.empty((len(rows), self.n_models, self.d_model), self.dtype)
+        at = rows.searchsorted(self.starts)
+        for views, start, lo, hi in zip(self.views, self.starts, at, at[1:]):
+            if lo < hi:
+                for model, view in enumerate(views):
+                    raw[lo:hi, model] = view[rows[lo:hi] - start]
+        return torch.from_numpy(raw)
 
     def read(self, rows):
         """Returns raw activations as `take` does. Ends the program at a row with nan or inf."""
