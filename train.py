@@ -25,6 +25,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -410,10 +411,9 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         are 0, and those of B are the difference.
         """
         n, n_models = self.to_scaled.shape
-        raw = (self.to_scaled[:, -n:].double().inverse() @ x.double()).to(x)
-        if n < n_models:
-            raw = F.pad(raw, (0, 0, n_models - n, 0))
-        return raw
+        to_raw = self.to_scaled[:, -n:].double().inverse()  # [n, n]
+        to_raw = F.pad(to_raw, (0, 0, n_models - n, 0))  # A is 0 where it is left out
+        return (to_raw @ x.double()).to(x)
 
     def in_models(self, W):
         """Maps decoder vectors [n, n_models, d_model] to each model's raw activations, times that
@@ -487,13 +487,17 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         loss = l2_loss + aux_coeff * aux_loss
         if self.variant == "vanilla":
             loss = loss + l1_coeff * l1_loss
-        losses = dict(loss=loss, l2_loss=l2_loss, l1_loss=l1_loss, aux_loss=aux_loss)
-        losses["l0_loss"] = fired.sum() / len(x)
-        losses["dead_latents"] = len(dead)
-        losses["fired"] = fired
-        losses["x"] = x.unflatten(1, self.b_dec.shape)
-        losses["error"] = error.unflatten(1, self.b_dec.shape)
-        return losses
+        return dict(
+            loss=loss,
+            l0_loss=fired.sum() / len(x),
+            dead_latents=len(dead),
+            l2_loss=l2_loss,
+            l1_loss=l1_loss,
+            aux_loss=aux_loss,
+            fired=fired,
+            x=x.unflatten(1, self.b_dec.shape),
+            error=error.unflatten(1, self.b_dec.shape),
+        )
 
     # --- Sparse: latents that are 0 get no gradient. Leaving them out is exact, and fast ---
 
@@ -626,21 +630,19 @@ class EncodeAt(torch.autograd.Function):
 @torch.no_grad()
 def sums(model, losses):
     """Returns {name: tensor}, sums over rows that add up over batches and processes: of each number
-    in model.losses(raw), and of ||x - x_hat||^2, ||x||^2 and x for each explained variance.
+    in model.losses(raw), and of (x - x_hat)^2, x^2 and x for each explained variance.
     """
     x = losses["x"].double()
     n = x.new_tensor(len(x))
     total = {name: n * y for name, y in losses.items() if np.ndim(y) == 0}
     both = torch.stack([x, x + losses["error"]])  # x and x_hat, [2, row, model, d_model]
     raw = model.unscaled(both)
-    views = {"": both}
-    views["_difference"] = raw[:, :, -1] - raw[:, :, 0]
+    views = {"": both, "_difference": raw[:, :, -1] - raw[:, :, 0]}
     if model.basis != "difference":
         views |= {f"_{letter}": y for letter, y in zip("ABCDEFGH", raw.unbind(2))}
     for name, (y, y_hat) in views.items():
-        error = (y - y_hat).square().sum()
-        squares = torch.stack([error, y.square().sum()])
-        total[f"explained_variance{name}"] = torch.cat([squares, y.sum(0).flatten()])
+        parts = [(y - y_hat).square(), y.square(), y]
+        total[f"explained_variance{name}"] = torch.stack([part.sum(0) for part in parts])
     return total | dict(rows=n)
 
 
@@ -649,11 +651,11 @@ def metrics(total):
     of scaled activations, of the raw ones of each model (_A, _B), and of B - A (_difference).
     Explained variance is 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, with sums over the rows.
     """
-    row = {name: y / total["rows"] for name, y in total.items()}
-    del row["rows"]
+    row = {name: y / total["rows"] for name, y in total.items() if name != "rows"}
     for name, y in row.items():
         if y.dim():
-            row[name] = 1 - y[0] / (y[1] - y[2:].square().sum())
+            error, square, mean = y
+            row[name] = 1 - error.sum() / (square - mean.square()).sum()
     return row
 
 
@@ -663,16 +665,14 @@ def validate(model, data, l1_coeff=0.0, dead_after=torch.inf, n_rows=torch.inf):
     which each latent fires [d_hidden]. Stops after the batch in which row n_rows comes.
     """
     model.eval()
-    total = {}
-    fired = 0
+    total = Counter()
     for raw in data.held_out:
         losses = model.losses(raw, l1_coeff, dead_after=dead_after)
-        fired = fired + losses["fired"].double()
-        for name, y in sums(model, losses).items():
-            total[name] = total.get(name, 0) + y
+        total.update(sums(model, losses), fired=losses["fired"].double())
         if total["rows"] >= n_rows:
             break
-    return metrics(total), fired / total["rows"]
+    frequency = total.pop("fired") / total["rows"]
+    return metrics(total), frequency
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -759,10 +759,7 @@ def write_rows(out, rows, mode="a"):
 def log(out, rows, step, row, prefix=""):
     """Adds a row of metrics to `rows`, metrics.jsonl and wandb, and prints it."""
     row = {prefix + key: float(y) for key, y in row.items() if np.isfinite(float(y))}
-    first = "loss l0_loss explained_variance_A explained_variance_B explained_variance_difference"
-    first = [prefix + key for key in f"{first} dead_latents minutes_left".split()]
-    shown = {key: row[key] for key in first if key in row} | row
-    print(f"{step:7d}", *[f" {key} {y:.4g}" for key, y in shown.items()], flush=True)
+    print(f"{step:7d}", *[f" {key} {y:.4g}" for key, y in row.items()], flush=True)
     rows.append({"step": step} | row)
     write_rows(out, rows[-1:])
     wandb.log(row, step=step)
@@ -794,11 +791,10 @@ def train(config, state=None, data=None):
     out = Path(config["out_dir"])
     steps = config["steps"]
     rank = PartialState().process_index
-    if not state and (out / "checkpoint.pt").exists():
-        fail(f"--out_dir={out} holds a run already: continue it by --resume=True")
     if not state:
-        state = dict(step=0, tokens=0, rows=[], texts_read=0)
-        state["wandb_id"] = os.urandom(4).hex()
+        if (out / "checkpoint.pt").exists():
+            fail(f"--out_dir={out} holds a run already: continue it by --resume=True")
+        state = dict(step=0, tokens=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
 
     # data, model, optimiser
     torch.manual_seed(config["seed"])
@@ -874,11 +870,11 @@ def train(config, state=None, data=None):
 
         # log
         if is_due(step, config["log_every"], steps):
-            row = metrics(reduce(sums(model, losses)))
-            row |= dict(lr=lr, l1_coeff=l1_coeff, grad_norm=grad_norm, threshold=model.threshold)
             rate = (tokens - logged_tokens) / (time.perf_counter() - logged_at)
-            row |= dict(tokens=tokens, tokens_per_second=rate)
+            row = metrics(reduce(sums(model, losses)))
             row["minutes_left"] = (steps - step) * size / rate / 60
+            row |= dict(tokens=tokens, tokens_per_second=rate, lr=lr, l1_coeff=l1_coeff)
+            row |= dict(grad_norm=grad_norm, threshold=model.threshold)
             if rank == 0:
                 log(out, rows, step, row)
             logged_at = time.perf_counter()
@@ -894,9 +890,9 @@ def train(config, state=None, data=None):
         if rank == 0 and (stop or is_time or is_due(step, config["save_every"], steps)):
             saved_at = time.perf_counter()
             model.save_pretrained(out)
-            state |= dict(config=config, step=step, tokens=tokens, rows=rows)
+            state |= dict(config=config, step=step, tokens=tokens, model=model.state_dict())
+            state["moments"] = optimizer.state_dict()["state"]
             state["texts_read"] = getattr(data, "texts_read", 0)
-            state |= dict(model=model.state_dict(), moments=optimizer.state_dict()["state"])
             write_atomically(out / "checkpoint.pt", lambda part: torch.save(state, part))
         if stop and step < steps:
             if rank == 0:
