@@ -823,11 +823,17 @@ def train(config, state=None, data=None):
     if rank == 0:
         print(json.dumps(config, indent=4))
         write_rows(out, rows, "w")  # drops rows that were logged after the checkpoint
-        mode = config["wandb_mode"]
-        options = dict(project=config["wandb_project"], mode=mode, config=config, name=out.name)
-        options |= dict(id=state["wandb_id"], resume="allow", dir=out)
-        with explain(f"--wandb_mode={mode}: wandb cannot start"):
-            wandb.init(**options, settings=wandb.Settings(silent=True))
+        with explain(f"--wandb_mode={config['wandb_mode']}: wandb cannot start"):
+            wandb.init(
+                project=config["wandb_project"],
+                name=out.name,
+                id=state["wandb_id"],
+                resume="allow",
+                config=config,
+                mode=config["wandb_mode"],
+                dir=out,
+                settings=wandb.Settings(silent=True),
+            )
 
     tokens = state["tokens"]
     size = config["batch_size"]
