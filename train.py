@@ -759,7 +759,8 @@ def write_rows(out, rows, mode="a"):
 def log(out, rows, step, row, prefix=""):
     """Adds a row of metrics to `rows`, metrics.jsonl and wandb, and prints it."""
     row = {prefix + key: float(y) for key, y in row.items() if np.isfinite(float(y))}
-    print(f"{step:7d}", *[f" {key} {y:.4g}" for key, y in row.items()], flush=True)
+    shown = "".join(f"  {key} {y:.4g}" for key, y in row.items())
+    print(f"{step:7d}{shown}", flush=True)
     rows.append({"step": step} | row)
     write_rows(out, rows[-1:])
     wandb.log(row, step=step)
