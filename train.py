@@ -90,16 +90,24 @@ config = dict(
     seed=0,  # seeds the weights, the order of the rows and the toy
 )
 # Allowed values. Numbers without an entry must be at least 0 and finite.
-at_least_1 = pd.Interval(1, 1e15, closed="left")
-from_1 = ["steps", "d_hidden", "k", "k_aux", "log_every", "rows_together"]
-allowed = dict.fromkeys(from_1, at_least_1)
-allowed["batch_size"] = pd.Interval(2, 1e9, closed="left")  # a variance takes two rows
-allowed["val_tokens"] = pd.Interval(-1, 1e7, closed="left")
-allowed["dedicated"] = pd.Interval(0, 0.5, closed="both")
-allowed["beta1"] = allowed["beta2"] = pd.Interval(0, 1, closed="left")
-allowed["wandb_mode"] = ["offline", "online", "disabled"]
-allowed["variant"] = ["vanilla", "topk", "batchtopk"]
-allowed["basis"] = ["plain", "delta", "difference"]
+at_least_1 = range(1, 10**15)
+below_1 = pd.Interval(0, 1, closed="left")
+allowed = dict(
+    rows_together=at_least_1,
+    batch_size=range(2, 10**9),  # a variance takes two rows
+    val_tokens=range(-1, 10**7),
+    d_hidden=at_least_1,
+    dedicated=pd.Interval(0, 0.5, closed="both"),
+    k=at_least_1,
+    k_aux=at_least_1,
+    steps=at_least_1,
+    log_every=at_least_1,
+    beta1=below_1,
+    beta2=below_1,
+    wandb_mode=["offline", "online", "disabled"],
+    variant=["vanilla", "topk", "batchtopk"],
+    basis=["plain", "delta", "difference"],
+)
 
 # Share of active latents above which dense products are faster than sparse ones. The CPU's is
 # measured. CUDA's is estimated, from the bandwidth and arithmetic of an H100.
@@ -126,11 +134,13 @@ def read_command_line(argv, file):
     if "--help" in argv or "-h" in argv:
         print(Path(file).read_text(encoding="utf-8").partition("\n)\n")[0])
         raise SystemExit(0)
+    given = {}
     for argument in argv:
-        if "=" not in argument:
-            fail(f"{argument}: write --{argument.lstrip('-')}=VALUE")
-    parts = [argument.removeprefix("--").partition("=") for argument in argv]
-    return {key: text for key, _, text in parts}
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals:
+            fail(f"{argument}: write --{key.lstrip('-')}=VALUE")
+        given[key] = text
+    return given
 
 
 def checked(values, defaults, allowed):
@@ -183,6 +193,13 @@ def write_atomically(path, write):
 # the same rows, so that a run can be resumed.
 
 
+def share(rows):
+    """Returns this process's part of the rows of a batch."""
+    process = PartialState()
+    n = len(rows) // process.num_processes
+    return rows[n * process.process_index :][:n]
+
+
 class Toy:
     """Sparse sums of 256 planted features: A and B share 192, and each has 32 of its own."""
 
@@ -210,9 +227,7 @@ class Toy:
         return torch.from_numpy(x + 0.02 * rng.standard_normal(x.shape)).float()
 
     def batch(self, step):
-        process = PartialState()
-        rows = self.rows(self.config["batch_size"], key=step + 1)
-        return rows.chunk(process.num_processes)[process.process_index]
+        return share(self.rows(self.config["batch_size"], key=step + 1))
 
 
 def view_of(lists):
@@ -241,8 +256,7 @@ class Store:
             for other in others:
                 assert len(other) == n, f"{n} and {len(other)} rows"
                 for name in set(self.columns.column_names) | set(other.column_names):
-                    if self.columns[name] != other[name]:  # says where they first differ
-                        np.testing.assert_array_equal(self.columns[name], other[name], name)
+                    np.testing.assert_array_equal(self.columns[name], other[name], name)
             activations = pa.table([table["activation"] for table in tables], names=self.names)
             batches = activations.to_batches()  # with the same rows of every model
             self.views = [[view_of(lists) for lists in batch.columns] for batch in batches]
@@ -270,27 +284,27 @@ class Store:
     @functools.lru_cache(2)
     def shuffled(self, epoch):
         """Returns the training rows in the order of that epoch."""
-        runs = np.arange(0, len(self.train_rows), self.config["rows_together"])
-        np.random.default_rng([self.config["seed"], epoch]).shuffle(runs)
-        place = (runs[:, None] + np.arange(self.config["rows_together"])).ravel()
-        return self.train_rows[place[place < len(self.train_rows)]]
+        together = self.config["rows_together"]
+        rng = np.random.default_rng([self.config["seed"], epoch])
+        padded = np.pad(self.train_rows, (0, -len(self.train_rows) % together), constant_values=-1)
+        rows = rng.permutation(padded.reshape(-1, together)).ravel()
+        return rows[rows >= 0]
 
-    def take(self, rows):
-        """Returns raw activations [n, model, d_model] of sorted rows, in the store's float type."""
+    def read(self, rows, check=True):
+        """Returns raw activations [n, model, d_model] of sorted rows, in the store's float type.
+        Ends the program at a row with nan or inf. To look for it takes longer than to read.
+        """
         raw = np.empty((len(rows), self.n_models, self.d_model), self.dtype)
         at = rows.searchsorted(self.starts)
         for views, start, lo, hi in zip(self.views, self.starts, at, at[1:]):
             if lo < hi:
                 for model, view in enumerate(views):
                     raw[lo:hi, model] = view[rows[lo:hi] - start]
-        return torch.from_numpy(raw)
-
-    def read(self, rows):
-        """Returns raw activations as `take` does. Ends the program at a row with nan or inf."""
-        raw = self.take(rows)
-        bad = rows[~raw.isfinite().flatten(1).all(1).numpy()]
-        if len(bad):
-            fail(f"{self.path}: row {bad[0]} holds nan or inf")
+        raw = torch.from_numpy(raw)
+        if check:
+            bad = rows[~raw.isfinite().flatten(1).all(1).numpy()]
+            if len(bad):
+                fail(f"{self.path}: row {bad[0]} holds nan or inf")
         return raw
 
     @property
@@ -299,18 +313,14 @@ class Store:
         for rows in np.split(self.val_rows, range(1024, len(self.val_rows), 1024)):
             yield self.read(rows)
 
-    def rows(self, step):
-        """Returns the rows of this process's part of a batch. Sorted ones are read faster, and the
-        order within a batch means nothing.
+    def batch(self, step, check=False):
+        """Returns this process's part of a batch. Sorted rows are read faster, and the order within
+        a batch means nothing.
         """
         size = self.config["batch_size"]
         epoch, i = divmod(step, len(self.train_rows) // size)
         rows = np.sort(self.shuffled(epoch)[i * size : (i + 1) * size])
-        process = PartialState()
-        return rows.reshape(process.num_processes, -1)[process.process_index]
-
-    def batch(self, step):
-        return self.take(self.rows(step))
+        return self.read(share(rows), check)
 
 
 # --- Crosscoder -----------------------------------------------------------------------------------
@@ -474,14 +484,13 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
 
         aux_loss = torch.zeros_like(l2_loss)
         if aux_coeff and len(dead):  # no ReLU: negative pre-activations get a gradient, too
-            with torch.no_grad():
-                select = functools.partial(topk_mask, k=k_aux)
-                code = entries_where(select, x, W_enc[dead], self.b_enc[dead])
-            shape = torch.Size([len(x), len(norm)])
-            code = code._replace(latent=dead[code.latent], shape=shape)
-            code = code._replace(value=EncodeAt.apply(code, x, W_enc, self.b_enc))
-            residual = -error.detach()
-            aux_loss = (residual - code @ W_dec).square().sum() / len(x)
+            select = functools.partial(topk_mask, k=k_aux)
+            W = W_enc.index_select(0, dead)
+            b = self.b_enc.index_select(0, dead)
+            code = entries_where(select, x, W, b)
+            code = code._replace(value=EncodeAt.apply(code, x, W, b))
+            e_hat = code @ W_dec.index_select(0, dead)
+            aux_loss = (error.detach() + e_hat).square().sum() / len(x)
             aux_loss = aux_loss * min(len(dead) / k_aux, 1)
 
         loss = l2_loss + aux_coeff * aux_loss
@@ -516,14 +525,14 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         else:
             code, cut = self.choose(x, W_enc, norm)
             code = code._replace(value=EncodeAt.apply(code, x, W_enc, self.b_enc))
-        f = self.activate(code.value, code.latent)
-        fired = code._replace(value=(f > 0).to(norm)).sum_of_rows()
+        f = code._replace(value=self.activate(code.value, code.latent))
+        fired = f.count_active()
         if self.training:  # update the buffers, as BatchNorm does
             self.since_fired += len(x) * PartialState().num_processes
-            self.since_fired.masked_fill_(reduce(fired) > 0, 0)
+            self.since_fired[reduce(fired) > 0] = 0
             is_first = self.threshold == 0
             self.threshold.lerp_(cut, torch.where(is_first, 1.0, 0.1))
-        return code._replace(value=f), fired
+        return f, fired
 
     @torch.no_grad()
     def choose(self, x, W_enc, norm, margin=1):
@@ -556,7 +565,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
             if least < cut:
                 return self.choose(x, W_enc, norm, 2 * margin)
             cut = least
-        keep = (score >= cut).nonzero().flatten()
+        keep = score >= cut
         return SparseCode(code.row[keep], code.latent[keep], code.value[keep], code.shape), cut
 
 
@@ -576,11 +585,12 @@ class SparseCode(NamedTuple):
         zeros = self.value.new_zeros(self.shape)
         return zeros.index_put((self.row, self.latent), self.value)
 
-    def sum_of_rows(self):
-        """Returns the sum of the rows [d_hidden]."""
-        if self.value.dim() == 2:
-            return self.value.sum(0)
-        return self.value.new_zeros(self.shape[1]).index_add(0, self.latent, self.value)
+    def count_active(self):
+        """Returns the number of rows in which each latent is active [d_hidden]."""
+        is_active = (self.value > 0).float()
+        if is_active.dim() == 2:
+            return is_active.sum(0)
+        return is_active.new_zeros(self.shape[1]).index_add(0, self.latent, is_active)
 
     def __matmul__(self, W):
         """Returns the product with W [d_hidden, d]: [batch, d]."""
@@ -592,6 +602,7 @@ class SparseCode(NamedTuple):
         return F.embedding_bag(self.latent, W, starts, per_sample_weights=f, mode="sum")
 
 
+@torch.no_grad()
 def entries_where(select, x, W, b):
     """Computes pre = x @ W.T + b in blocks of rows, because it is large. Returns the entries where
     select(pre) is True, as a SparseCode.
@@ -779,7 +790,7 @@ def check_batch(data, step):
     would take longer than reading it, so this is called when a gradient is not finite.
     """
     if isinstance(data, Store):
-        data.read(data.rows(step))
+        data.batch(step, check=True)
 
 
 def train(config, state=None, data=None):
