@@ -829,7 +829,7 @@ def test_no_row_of_a_held_out_text_is_ever_trained_on_over_epochs_and_processes(
     assert np.array_equal(train.Store(config | dict(seed=5)).val_rows, store.val_rows)
 
     trained_on = []
-    monkeypatch.setattr(train.Store, "read", lambda store, rows, _: trained_on.append(rows))
+    monkeypatch.setattr(train.Store, "read", lambda store, rows, check: trained_on.append(rows))
     for rank in range(2):
         process = types.SimpleNamespace(process_index=rank, num_processes=2)
         monkeypatch.setattr(train, "PartialState", lambda process=process: process)

@@ -313,14 +313,17 @@ class Store:
         for rows in np.split(self.val_rows, range(1024, len(self.val_rows), 1024)):
             yield self.read(rows)
 
-    def batch(self, step, check=False):
-        """Returns this process's part of a batch. Sorted rows are read faster, and the order within
-        a batch means nothing.
+    def rows(self, step):
+        """Returns the rows of this process's part of a batch. Sorted ones are read faster, and the
+        order within a batch means nothing.
         """
         size = self.config["batch_size"]
         epoch, i = divmod(step, len(self.train_rows) // size)
         rows = np.sort(self.shuffled(epoch)[i * size : (i + 1) * size])
-        return self.read(share(rows), check)
+        return share(rows)
+
+    def batch(self, step):
+        return self.read(self.rows(step), check=False)
 
 
 # --- Crosscoder -----------------------------------------------------------------------------------
@@ -714,7 +717,7 @@ def resolve(config):
     if config["batch_size"] % PartialState().num_processes:
         fail("--batch_size is not a multiple of the number of processes")
     if config["dedicated"] and config["basis"] != "plain":
-        fail("--dedicated is for the plain basis only")
+        fail("--dedicated takes --basis=plain")
     if config["basis"] == "difference" and "," not in config["places"]:
         fail("--basis=difference takes two places or more")
     val_tokens = config["val_tokens"]
@@ -752,9 +755,7 @@ def read_checkpoint(out):
     with explain(what):
         assert not zipfile.ZipFile(path).testzip(), "a checksum is wrong"
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"].pop(
-            "trust_remote_code", None
-        )  # of collect.py: a file must not switch it on
+        state["config"].pop("trust_remote_code", None)  # a file must not switch it on
     return state
 
 
@@ -790,7 +791,7 @@ def check_batch(data, step):
     would take longer than reading it, so this is called when a gradient is not finite.
     """
     if isinstance(data, Store):
-        data.batch(step, check=True)
+        data.read(data.rows(step))
 
 
 def train(config, state=None, data=None):
@@ -820,6 +821,8 @@ def train(config, state=None, data=None):
         model.start_at(data.batch(0))
     else:
         with explain("data, config and checkpoint do not fit each other"):
+            for key in ("variant", "basis", "dedicated"):
+                assert config[key] == state["config"][key], f"resuming cannot change --{key}"
             model.load_state_dict(state["model"])
             moments = dict(state=state["moments"])  # learning rates are the config's
             optimizer.load_state_dict(optimizer.state_dict() | moments)
@@ -944,14 +947,11 @@ def settings_of(given):
 
 def main(argv):
     given = read_command_line(argv, __file__)
-    if given.get("resume") != "True":
-        return train(settings_of(given))
-    state = read_checkpoint(given.get("out_dir", ""))
-    settings = settings_of(state["config"] | given)
-    for key in ("variant", "basis", "dedicated"):
-        if settings[key] != state["config"][key]:
-            fail(f"--{key} is not this run's, and resuming cannot change it")
-    return train(settings, state)
+    state = None
+    if given.get("resume") == "True":
+        state = read_checkpoint(given.get("out_dir", ""))
+        given = state["config"] | given
+    return train(settings_of(given), state)
 
 
 if __name__ == "__main__":
