@@ -17,7 +17,6 @@ loss: arXiv 2406.04093. Dedicated latents: arXiv 2602.11729.
 import ast
 import contextlib
 import difflib
-import functools
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -281,7 +281,7 @@ class Store:
             if passes > 5:
                 print(f"{passes:.0f} passes over {left:,} rows: more rows would tell more")
 
-    @functools.lru_cache(2)
+    @lru_cache(2)
     def shuffled(self, epoch):
         """Returns the training rows in the order of that epoch."""
         together = self.config["rows_together"]
@@ -294,13 +294,13 @@ class Store:
         """Returns raw activations [n, model, d_model] of sorted rows, in the store's float type.
         Ends the program at a row with nan or inf. To look for it takes longer than to read.
         """
-        raw = np.empty((len(rows), self.n_models, self.d_model), self.dtype)
+        raw = np.empty((self.n_models, len(rows), self.d_model), self.dtype)
         at = rows.searchsorted(self.starts)
         for views, start, lo, hi in zip(self.views, self.starts, at, at[1:]):
             if lo < hi:
                 for model, view in enumerate(views):
-                    raw[lo:hi, model] = view[rows[lo:hi] - start]
-        raw = torch.from_numpy(raw)
+                    raw[model, lo:hi] = view[rows[lo:hi] - start]
+        raw = torch.from_numpy(raw).transpose(0, 1)
         if check:
             bad = rows[~raw.isfinite().flatten(1).all(1).numpy()]
             if len(bad):
@@ -390,8 +390,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         self.since_fired = nn.Buffer(torch.zeros(d_hidden, dtype=torch.long))
 
     def _save_pretrained(self, folder):
-        path = folder / "model.safetensors"
-        write_atomically(path, lambda part: save_model(self, part))
+        write_atomically(folder / "model.safetensors", partial(save_model, self))
 
     @torch.no_grad()
     def start_at(self, raw):
@@ -487,7 +486,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
 
         aux_loss = torch.zeros_like(l2_loss)
         if aux_coeff and len(dead):  # no ReLU: negative pre-activations get a gradient, too
-            select = functools.partial(topk_mask, k=k_aux)
+            select = partial(topk_mask, k=k_aux)
             W = W_enc.index_select(0, dead)
             b = self.b_enc.index_select(0, dead)
             code = entries_where(select, x, W, b)
@@ -914,7 +913,7 @@ def train(config, state=None, data=None):
             state |= dict(config=config, step=step, tokens=tokens, model=model.state_dict())
             state["moments"] = optimizer.state_dict()["state"]
             state["texts_read"] = getattr(data, "texts_read", 0)
-            write_atomically(out / "checkpoint.pt", lambda part: torch.save(state, part))
+            write_atomically(out / "checkpoint.pt", partial(torch.save, state))
         if stop and step < steps:
             if rank == 0:
                 again = f"--resume=True --out_dir={out}"
