@@ -402,9 +402,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         self.to_scaled /= mean_size(self.scaled(raw))[:, None]
         x = self.scaled(raw)
         if not (x.var(0).mean(-1) > 1e-9).all():  # this catches nan, too
-            fail(
-                "nothing to explain: rows are alike or too large, or the models do not differ here"
-            )
+            fail("nothing to explain: rows are alike or too large, or the models do not differ")
         # start at the mean, pre = W_enc @ (x - mean): few latents die then
         self.b_dec.copy_(x.mean(0))
         self.b_enc.copy_(-self.W_enc.flatten(1) @ self.b_dec.flatten())
@@ -448,6 +446,11 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         """
         return F.relu(pre)
 
+    def reconstruct(self, f):
+        """Returns x_hat [batch, n_models, d_model], scaled, for f dense or as a SparseCode."""
+        x_hat = f @ self.flat(self.W_dec) + self.b_dec.flatten()
+        return x_hat.unflatten(1, self.b_dec.shape)
+
     def encode(self, raw):
         """Returns the latent activations f [batch, d_hidden]."""
         code, _ = self.sparse_encode(
@@ -457,8 +460,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
 
     def decode(self, f):
         """Returns the raw reconstruction for f [batch, d_hidden], as `unscaled` does."""
-        x_hat = f @ self.flat(self.W_dec) + self.b_dec.flatten()
-        return self.unscaled(x_hat.unflatten(1, self.b_dec.shape))
+        return self.unscaled(self.reconstruct(f))
 
     def forward(self, raw):
         """Returns the raw reconstruction. In the basis "difference", A is taken as it is."""
@@ -473,14 +475,13 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         tokens reconstruct the error. Every number in the dict is logged. It also has scaled x and
         error = x_hat - x, and fired [d_hidden], in how many rows each latent is active.
         """
-        x = self.scaled(raw).flatten(1)
+        x = self.scaled(raw)
+        x_flat = x.flatten(1)
         norm = self.decoder_norm()
         W_enc = self.flat(self.W_enc)
-        W_dec = self.flat(self.W_dec)
         dead = (self.since_fired > dead_after).nonzero().flatten()
-        f, fired = self.sparse_encode(x, W_enc, norm)
-        x_hat = f @ W_dec + self.b_dec.flatten()
-        error = x_hat - x
+        f, fired = self.sparse_encode(x_flat, W_enc, norm)
+        error = self.reconstruct(f) - x
         l2_loss = error.square().sum() / len(x)
         l1_loss = (f.value * norm.index_select(0, f.latent)).sum() / len(x)
 
@@ -489,10 +490,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
             select = partial(topk_mask, k=k_aux)
             W = W_enc.index_select(0, dead)
             b = self.b_enc.index_select(0, dead)
-            code = entries_where(select, x, W, b)
-            code = code._replace(value=EncodeAt.apply(code, x, W, b))
-            e_hat = code @ W_dec.index_select(0, dead)
-            aux_loss = (error.detach() + e_hat).square().sum() / len(x)
+            code = entries_where(select, x_flat, W, b)
+            code = code._replace(value=EncodeAt.apply(code, x_flat, W, b))
+            e_hat = code @ self.flat(self.W_dec).index_select(0, dead)
+            aux_loss = (error.detach().flatten(1) + e_hat).square().sum() / len(x)
             aux_loss = aux_loss * min(len(dead) / k_aux, 1)
 
         loss = l2_loss + aux_coeff * aux_loss
@@ -506,8 +507,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
             l1_loss=l1_loss,
             aux_loss=aux_loss,
             fired=fired,
-            x=x.unflatten(1, self.b_dec.shape),
-            error=error.unflatten(1, self.b_dec.shape),
+            x=x,
+            error=error,
         )
 
     # --- Sparse: latents that are 0 get no gradient. Leaving them out is exact, and fast ---
