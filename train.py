@@ -62,8 +62,7 @@ config = dict(
     wandb_project="crosscoder",  # name of the project in wandb
     # data
     data="toy",  # toy, path of a store, or stream (collects while training; takes its keys, too)
-    places="base,finetuned",  # datasets of the store, such as base_7,finetuned_7,base_13; the first
-    # is A
+    places="base,finetuned",  # datasets of the store, such as base_7,finetuned_7; the first is A
     val_tokens=-1,  # rows held out for validation; 0: none; -1: 1% of a store, or 8,192
     rows_together=1,  # neighbouring rows that stay together when rows are shuffled: take 64 to 256
     # if the store is larger than memory, because disks read neighbours faster
@@ -256,7 +255,8 @@ class Store:
             for other in others:
                 assert len(other) == n, f"{n} and {len(other)} rows"
                 for name in set(self.columns.column_names) | set(other.column_names):
-                    np.testing.assert_array_equal(self.columns[name], other[name], name)
+                    if self.columns[name] != other[name]:  # says where they first differ
+                        np.testing.assert_array_equal(self.columns[name], other[name], name)
             activations = pa.table([table["activation"] for table in tables], names=self.names)
             batches = activations.to_batches()  # with the same rows of every model
             self.views = [[view_of(lists) for lists in batch.columns] for batch in batches]
