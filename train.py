@@ -402,7 +402,9 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         self.to_scaled /= mean_size(self.scaled(raw))[:, None]
         x = self.scaled(raw)
         if not (x.var(0).mean(-1) > 1e-9).all():  # this catches nan, too
-            fail("nothing to explain: rows are alike or too large, or the models do not differ")
+            fail(
+                "nothing to explain: rows are alike or too large, or the models do not differ here"
+            )
         # start at the mean, pre = W_enc @ (x - mean): few latents die then
         self.b_dec.copy_(x.mean(0))
         self.b_enc.copy_(-self.W_enc.flatten(1) @ self.b_dec.flatten())
