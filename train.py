@@ -570,7 +570,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
             if least < cut:
                 return self.choose(x, W_enc, norm, 2 * margin)
             cut = least
-        keep = score >= cut
+        keep = (score >= cut).nonzero().flatten()
         return SparseCode(code.row[keep], code.latent[keep], code.value[keep], code.shape), cut
 
 
