@@ -59,7 +59,8 @@ import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, tqdm
-from datasets import Dataset, load_dataset, load_dataset_builder, load_from_disk
+from datasets import Dataset, load_dataset_builder, load_from_disk
+from datasets.packaged_modules import _EXTENSION_TO_MODULE
 from datasets.utils.logging import CRITICAL, set_verbosity
 from nnsight import NNsight
 from nnsight.intervention.interleaver import OutOfOrderError
@@ -353,29 +354,27 @@ def read_rows(name, config):
     10,000. Ends the program where it cannot be read.
     """
     path = Path(name)
-    options = dict(path=name, split=config["split"], streaming=True)
-    kinds = dict(txt="text", csv="csv", tsv="csv", parquet="parquet", arrow="arrow")
-    kinds |= dict(json="json", jsonl="json")
-    if path.is_file() or "://" in name:
-        suffix = [y for y in path.name.lower().split(".") if y in kinds]  # .zst may come after it
-        kind = kinds[suffix[-1]] if suffix else "json"
-        options |= dict(path=kind, data_files=name, split="train")
-        if suffix[-1:] == ["tsv"]:
-            options["sep"] = "\t"
-    elif not path.exists():
-        options["path"], _, configuration = name.partition(":")
-        options["name"] = configuration or None
     set_verbosity(CRITICAL)  # a damaged file gets one line from `explain`
     with explain(f"--text={name} cannot be read"):
         if (path / "state.json").exists():
             rows = load_from_disk(name).with_format(None)
             rows = rows.to_iterable_dataset(num_shards=min(1000, len(rows)))
         else:
-            of_builder = {key: options.get(key) for key in ("path", "name", "data_files")}
-            builder = load_dataset_builder(**of_builder)
-            if builder.__module__.endswith(".text"):  # also in a folder
-                options["sample_by"] = "paragraph"
-            rows = load_dataset(**options)
+            split = config["split"]
+            if path.is_file() or "://" in name:
+                kind = ("json", {})
+                for suffix in path.suffixes:  # .zst may come after it
+                    kind = _EXTENSION_TO_MODULE.get(suffix.lower(), kind)
+                builder = load_dataset_builder(kind[0], data_files=name, **kind[1])
+                split = "train"
+            elif path.exists():
+                builder = load_dataset_builder(name)
+            else:
+                of_hub, _, configuration = name.partition(":")
+                builder = load_dataset_builder(of_hub, configuration or None)
+            if hasattr(builder.config, "sample_by"):  # of .txt, also in a folder
+                builder.config.sample_by = "paragraph"
+            rows = builder.as_streaming_dataset(split)
         yield from rows.shuffle(config["seed"], buffer_size=10_000)
 
 
