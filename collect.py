@@ -225,26 +225,26 @@ def activations(model, hooks, input_ids, attention_mask):
 
 
 def read_docs(config, tokenizer, dropped):
-    """Yields docs (source, row in it, token ids) of the sources in --text. The next one is of the
-    source with the fewest tokens for its share. When one ends, the others continue. Counts rows
-    without a text in the Counter `dropped`. Ends the program at a source or row it cannot read.
+    """Yields docs, dicts of source, text (its number there) and input_ids, of the sources in
+    --text. The next one is of the source with the fewest tokens for its share. When one ends, the
+    others continue. Counts rows without a text in the Counter `dropped`. Ends the program at a
+    source or row it cannot read.
     """
     text = config["text"]
     names = [text] if Path(text).exists() else text.split(",")
     given = config["text_share"] or ",".join("1" * len(names))
     what = f"--text={','.join(names)} --text_share={given}: expected each once, shares over 0"
-    with explain(what, ValueError):
+    with explain(what):
         share = dict(zip(names, map(float, given.split(",")), strict=True))
-    are_shares = all(0 < y < np.inf for y in share.values())
-    if len(share) < len(names) or "" in share or not are_shares:
-        fail(what)
+        are_shares = all(0 < y < np.inf for y in share.values())
+        assert are_shares and all(names) and len(share) == len(names), share
     sources = {name: read_source(name, config, tokenizer, dropped) for name in names}
     taken = dict.fromkeys(names, 0)  # tokens so far, divided by the share
     while sources:
         name = min(sources, key=taken.get)
         doc = next(sources[name], None)
         if doc:
-            taken[name] += len(doc[2]) / share[name]
+            taken[name] += len(doc["input_ids"]) / share[name]
             yield doc
         else:
             del sources[name]
@@ -258,27 +258,21 @@ def read_source(name, config, tokenizer, dropped):
     begin = [i for i in tokenizer("")["input_ids"] if i not in ends]
     begin = begin or [tokenizer.bos_token_id]
     file = Path(name).name if Path(name).exists() else name
+    usual = ("text", "messages", "conversations")
     for number, row in enumerate(read_rows(name, config)):
         where = f"--text={name}: the row {str(row)[:80]}"
-        usual = ("text", "messages", "conversations")
         filled = [column for column in usual if row.get(column)]
         there = [column for column in usual if column in row]
-        column = (filled + there + ["text"])[0]
-        if config["text_column"]:
-            column = config["text_column"]
+        column = config["text_column"] or (filled + there + ["text"])[0]
         if column not in row:
             fail(f"{where} has no {column}, but {', '.join(row)}: give a --text_column")
-        text = row[column]
-        if not text:
-            dropped["empty_text"] += 1
-            continue
+        text = row[column] or ""
+        is_chat = not isinstance(text, str)
+        if column in ("messages", "conversations"):  # they may be written as JSON
+            is_chat |= str(text).lstrip().startswith("[{")
         try:
-            is_json = isinstance(text, str) and text.lstrip().startswith("[{")
-            if is_json and column in ("messages", "conversations"):
-                text = json.loads(text)
-            has_begin = isinstance(text, list)  # chat templates write BOS themselves
-            if not isinstance(text, str):
-                text = render(text, tokenizer, row.get("tools"))
+            if is_chat:
+                text = render(read_json(text), read_json(row.get("tools")), tokenizer)
         except Exception as e:  # whatever a template raises
             dropped["refused_row"] += 1
             message = f"{where} is left out: {' '.join(str(e).split())[:300]}"
@@ -287,38 +281,43 @@ def read_source(name, config, tokenizer, dropped):
             if dropped["refused_row"] == 1:
                 print(message, file=sys.stderr)
             continue
-        has_begin |= text.startswith(tokenizer.bos_token or "\0")
+        # chat templates write BOS themselves
+        has_begin = is_chat or text.startswith(tokenizer.bos_token or "\0")
         ids = tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
-        if max(ids, default=0) >= config["n_embeddings"]:
+        if not set(ids).difference(begin, ends):
+            dropped["empty_text"] += 1
+            continue
+        if max(ids) >= config["n_embeddings"]:
             dropped["unknown_token"] += len(ids)
             continue
         n = len(begin) if ids[: len(begin)] == begin else 0
-        if len(ids) == n:
-            dropped["empty_text"] += 1
         step = config["seq_len"] - n
         for start in range(n, len(ids), step):
-            yield str(row.get("source") or file), number, ids[:n] + ids[start : start + step]
+            piece = ids[:n] + ids[start : start + step]
+            yield dict(source=str(row.get("source") or file), text=number, input_ids=piece)
 
 
 def without_nulls(y):
-    """Returns nested lists and dicts without the nulls with which Arrow fills up missing keys."""
-    if isinstance(y, dict):
-        return {key: without_nulls(value) for key, value in y.items() if value is not None}
-    if isinstance(y, list):
-        return [without_nulls(value) for value in y]
-    return y
+    """Returns a dict without its nulls: Arrow fills up with them what other rows have."""
+    return {key: value for key, value in y.items() if value is not None}
 
 
-def render(chat, tokenizer, tools=None):
+def read_json(y):
+    """Returns nested lists and dicts, which may be written as JSON, without_nulls."""
+    text = y if isinstance(y, str) else json.dumps(y, default=str)
+    return json.loads(text, object_hook=without_nulls)
+
+
+def render(chat, tools, tokenizer):
     """Returns the text of a chat, a list of turns with role and content, or with from and value, as
-    ShareGPT has. Raises an error if the template does, or if it leaves a turn out.
+    ShareGPT has. Raises an error if the template does, or if the text lacks the end of a turn or
+    the name of a tool that is called.
     """
     assert isinstance(chat, list), f"neither a text nor messages: {chat!r:.50}"
-    if isinstance(tools, str):
-        tools = json.loads(tools)
     turns = []
     in_parts = []  # the same turns, as some templates take them
-    for turn in without_nulls(chat):
+    said = []  # (role, words that must be in the text)
+    for turn in chat:
         role = turn.get("role", turn.get("from"))
         role = dict(human="user", gpt="assistant", bot="assistant").get(role, role)
         content = turn.get("content", turn.get("value"))
@@ -329,24 +328,19 @@ def render(chat, tokenizer, tools=None):
         assert isinstance(content, str), f"a turn has no content: {turn}"
         turns.append(turn | dict(role=role, content=content))
         in_parts.append(turns[-1] | dict(content=[dict(type="text", text=content)]))
+        for call in turn.get("tool_calls", []):
+            said.append((role, call.get("function", call)["name"]))
+        if role not in ("system", "tool"):  # templates may rewrite these
+            said.append((role, content.strip()[-30:]))  # reasoning before it may be left out
     forms = [turns]
     if "'type'" in str(tokenizer.chat_template):
         forms.append(in_parts)
     for form in forms:
-        options = dict(tools=without_nulls(tools) or None, tokenize=False)
-        text = tokenizer.apply_chat_template(form, **options)
-        missing = [turn for turn in turns if not is_shown(turn, text)]
-        if not missing:
+        text = tokenizer.apply_chat_template(form, tools=tools or None, tokenize=False)
+        left_out = [role for role, words in said if words not in text]
+        if not left_out:
             return text
-    raise ValueError(f"the chat template leaves out what {missing[0]['role']} says")
-
-
-def is_shown(turn, text):
-    """True if a turn's end, and the names of its calls, are in the text of the chat."""
-    words = [call.get("function", call)["name"] for call in turn.get("tool_calls", [])]
-    if turn["role"] not in ("system", "tool"):  # templates may rewrite these
-        words.append(turn["content"].strip()[-30:])  # reasoning before it may be left out
-    return all(word in text for word in words)
+    raise ValueError(f"the chat template leaves out what {left_out[0]} says")
 
 
 def read_rows(name, config):
@@ -383,7 +377,7 @@ def take_docs(docs, n_tokens):
     taken = []
     while n_tokens > 0 and (doc := next(docs, None)):
         taken.append(doc)
-        n_tokens -= len(doc[2])
+        n_tokens -= len(doc["input_ids"])
     return taken
 
 
@@ -470,11 +464,11 @@ class Harvest:
         if not docs:  # the last shard may have fewer docs than there are processes
             return self.no_rows, Counter()
         device = self.models[0][0].device
-        length = torch.tensor([len(ids) for _, _, ids in docs])
+        length = torch.tensor([len(doc["input_ids"]) for doc in docs])
         parts = []
         dropped = Counter()
         for batch in length.argsort(stable=True).split(self.config["texts_per_batch"]):
-            texts = [torch.tensor(docs[i][2]) for i in batch]
+            texts = [torch.tensor(docs[i]["input_ids"]) for i in batch]
             ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
             doc = batch.to(device)[:, None].expand_as(ids)
             pos = torch.arange(ids.shape[1], device=device).expand_as(ids)
@@ -677,13 +671,13 @@ def add_shard(harvest, building, docs, meta):
     tables = {}
     for name, raw in zip(harvest.places, rows["raw"].unbind(dim=1)):
         activation = pa.FixedSizeListArray.from_arrays(raw.flatten().numpy(), harvest.d_model)
-        tables[name] = dict(activation=activation) | index
+        tables[name] = pa.table(dict(activation=activation) | index)
     if rank == 0:
-        tables["docs"] = dict(zip(("source", "text", "input_ids"), zip(*docs)))
+        tables["docs"] = pa.Table.from_pylist(docs)
     for name, table in tables.items():
         (building / name).mkdir(exist_ok=True)
         path = building / name / f"data-{meta['shards']:05d}-{rank:03d}.arrow"
-        write_atomically(path, lambda part: write_arrow(pa.table(table), part))
+        write_atomically(path, lambda part: write_arrow(table, part))
 
     # Sums over all shards and processes. They are gathered when each process has written its files,
     # so that meta.json counts only whole shards.

@@ -1485,9 +1485,10 @@ def test_texts_come_from_every_kind_of_source(pairs):
     def read(text, **changes):
         config = collect_config(folder, text=text, **dict(seq_len=64) | changes)
         docs = list(collect.read_docs(config, tokenizer, empty))
-        assert {source for source, _, _ in docs} == {text}
-        assert len({number for _, number, _ in docs}) == len(docs)
-        return sorted([ids for _, _, ids in docs], key=lambda ids: [*expected, ids].index(ids))
+        assert {doc["source"] for doc in docs} == {text}
+        assert len({doc["text"] for doc in docs}) == len(docs)
+        found = [doc["input_ids"] for doc in docs]
+        return sorted(found, key=lambda ids: [*expected, ids].index(ids))
 
     expected = [tokenizer(text)["input_ids"] for text in texts[:3]]
     Path("a.txt").write_text("\n\n".join(texts[:3]))
@@ -1517,11 +1518,11 @@ def test_texts_come_from_every_kind_of_source(pairs):
     Dataset.from_dict(dict(messages=chat)).to_json("chat.jsonl")
     config = collect_config(folder, text="chat.jsonl", seq_len=4)
     docs = collect.read_docs(config, tokenizer, empty)
-    assert [doc[1:] for doc in docs] == [(0, [1, 4, 5, 1]), (0, [1, 6])]
+    assert [(doc["text"], doc["input_ids"]) for doc in docs] == [(0, [1, 4, 5, 1]), (0, [1, 6])]
     assert empty == dict(empty_text=3)
     Path("long.txt").write_text("w0 w1 w2 w3 w4")
     docs = collect.read_docs(config | dict(text="long.txt"), tokenizer, empty)
-    assert [doc[1:] for doc in docs] == [(0, [1, 3, 4, 5]), (0, [1, 6, 7])]
+    assert [(doc["text"], doc["input_ids"]) for doc in docs] == [(0, [1, 3, 4, 5]), (0, [1, 6, 7])]
 
 
 def turns_of(kind, *texts):
@@ -1554,7 +1555,7 @@ def test_chats_of_every_form_are_rendered_alike(pairs, kind):
     Path("chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
     docs = collect.read_docs(collect_config(folder, text="chat.jsonl"), tokenizer, {})
     expected = [[1, 4, 5, 1, 6], [1, 7, 1, 8, 1, 9]]
-    assert sorted(ids for _, _, ids in docs) == expected
+    assert sorted(doc["input_ids"] for doc in docs) == expected
 
 
 @pytest.mark.parametrize(
@@ -1603,7 +1604,7 @@ def test_tools_are_passed_to_the_template_and_their_calls_without_the_nulls_of_o
     Dataset.from_list(rows).to_parquet("calls.parquet")
     config = collect_config(folder, text="calls.parquet")
     tokenizer.chat_template = TOOLS
-    found = sorted(ids for _, _, ids in collect.read_docs(config, tokenizer, {}))
+    found = sorted(doc["input_ids"] for doc in collect.read_docs(config, tokenizer, {}))
     assert found == [[0, 6, 1, 4, 1, 7, 8], [0, 6, 1, 4, 1, 7, 9]]
     tokenizer.chat_template = CHAT
     dropped = collect.Counter()
@@ -1622,7 +1623,7 @@ def test_messages_written_as_json_and_files_with_two_suffixes_are_read_as_what_t
     for name in ("chat.parquet", "chat.csv.jsonl", "saved"):
         config = collect_config(folder, text=name)
         (doc,) = collect.read_docs(config, tokenizer, {})
-        assert doc[2] == [1, 4, 5, 1, 6], name
+        assert doc["input_ids"] == [1, 4, 5, 1, 6], name
 
 
 def test_a_template_that_takes_content_in_parts_gets_parts(pairs):
@@ -1634,7 +1635,7 @@ def test_a_template_that_takes_content_in_parts_gets_parts(pairs):
     )
     Path("chat.jsonl").write_text(json.dumps(dict(messages=turns_of("messages", "w1", "w2"))))
     (doc,) = collect.read_docs(collect_config(folder, text="chat.jsonl"), tokenizer, {})
-    assert doc[2] == [1, 4, 1, 5]
+    assert doc["input_ids"] == [1, 4, 1, 5]
 
 
 def test_an_adapter_on_an_adapter_is_merged_after_it_and_one_that_cannot_be_is_refused(
@@ -1706,7 +1707,7 @@ def test_every_piece_of_a_text_begins_with_one_bos_however_it_was_made(pairs):
     for row in rows:
         Path("one.jsonl").write_text(json.dumps(row))
         docs = collect.read_docs(collect_config(folder, text="one.jsonl"), tokenizer, {})
-        ids = [ids for _, _, ids in docs]
+        ids = [doc["input_ids"] for doc in docs]
         assert [len(y) for y in ids] == [32, 32, 32, 8]
         assert all(y[0] == 1 and y.count(1) == 1 for y in ids)
         assert sum([y[1:] for y in ids], []) == tokenizer(words)["input_ids"][1:]
@@ -1894,7 +1895,7 @@ def test_a_stream_holds_out_its_first_texts_whole_also_when_all_come_again_and_o
     rows = []
 
     def run(harvest, docs):
-        ran.append({number for _, number, _ in docs})
+        ran.append({doc["text"] for doc in docs})
         rows.append(real(harvest, docs))
         return rows[-1]
 
@@ -2123,7 +2124,7 @@ def test_a_stream_is_shuffled_keeps_half_a_shard_and_is_split_over_processes(pai
         monkeypatch.setattr(collect, "PartialState", lambda process=process: process)
         runs.clear()
         assert len(collect.Stream(config).batch(0)) == 50
-        seen.append({(number, *ids) for _, number, ids in runs[2][0]})
+        seen.append({(doc["text"], *doc["input_ids"]) for doc in runs[2][0]})
     assert seen[0] and seen[1] and not seen[0] & seen[1]
 
 
@@ -2173,7 +2174,7 @@ def test_a_long_text_is_read_to_its_end(pairs):
     _, tokenizer = collect.load("base", config, "cpu")
     Path("book.txt").write_text("w12 " * 5000)
     docs = list(collect.read_docs(config, tokenizer, collect.Counter()))
-    assert sum(ids.count(15) for _, _, ids in docs) == 5000
+    assert sum(doc["input_ids"].count(15) for doc in docs) == 5000
 
 
 def test_another_seed_gives_another_order_of_the_rows(pairs, stores):
