@@ -128,39 +128,35 @@ def load(key, config, device):
     with explain(f"--{key}={name} cannot be loaded"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft uses what transformers deprecates
         warnings.filterwarnings("error", "Found missing adapter keys")
-        adapters = []
-        whole = name
-        while has_file(whole, "adapter_config.json"):  # it may be of a model that is one, too
-            assert whole not in adapters, f"{whole} is an adapter of itself"
-            adapters.insert(0, whole)
-            below = PeftConfig.from_pretrained(whole).base_model_name_or_path
-            if whole == config["finetuned"]:
-                below = config["base"]
-            whole = below
-        of_model["output_loading_info"] = True
-        model, found = AutoModelForCausalLM.from_pretrained(whole, **of_model)
-        missing = found["missing_keys"]
-        assert not missing, f"its weights are not those of its config: no {min(missing)}"
-        for unused in sorted(found["unexpected_keys"])[:1]:
-            print(f"--{key}={name} has weights that the model does not use: {unused}")
-        for of_tokenizer in (name, config["base"], whole):
-            if any(has_file(of_tokenizer, f"tokenizer{end}.json") for end in ("", "_config")):
-                break
-        tokenizer = AutoTokenizer.from_pretrained(of_tokenizer, **options)
-        if adapters:
-            if len(tokenizer) > len(model.get_input_embeddings().weight):
-                model.resize_token_embeddings(len(tokenizer))
-            head = model.get_output_embeddings()
-            if head is not None:  # it may share its weights with the embedding: untie them
-                head.weight = nn.Parameter(head.weight.clone())
-        for adapter in adapters:
-            adapted = PeftModel.from_pretrained(model, adapter)
-            kind = adapted.peft_config["default"]
-            is_copied = getattr(kind, "layer_replication", None)
-            can_merge = hasattr(adapted, "merge_and_unload") and not is_copied
-            assert can_merge, f"an adapter of kind {kind.peft_type.value} that cannot be merged"
-            model = adapted.merge_and_unload()
-    return model.eval(), tokenizer
+        has_tokenizer = any(has_file(name, f"tokenizer{end}.json") for end in ("", "_config"))
+        below = config["base"]
+        if not has_file(name, "adapter_config.json"):
+            of_model["output_loading_info"] = True
+            model, found = AutoModelForCausalLM.from_pretrained(name, **of_model)
+            missing = found["missing_keys"]
+            assert not missing, f"its weights are not those of its config: no {min(missing)}"
+            for unused in sorted(found["unexpected_keys"])[:1]:
+                print(f"--{key}={name} has weights that the model does not use: {unused}")
+            of_tokenizer = name if has_tokenizer else below
+            return model.eval(), AutoTokenizer.from_pretrained(of_tokenizer, **options)
+
+        if name == below:  # a base may be an adapter, too
+            below = PeftConfig.from_pretrained(name).base_model_name_or_path
+        model, tokenizer = load("base", config | dict(base=below), device)
+        if has_tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if len(tokenizer) > len(model.get_input_embeddings().weight):
+            model.resize_token_embeddings(len(tokenizer))
+        head = model.get_output_embeddings()
+        if head is not None:  # it may share its weights with the embedding: untie them
+            model.config.tie_word_embeddings = False
+            head.weight = nn.Parameter(head.weight.clone())
+        adapted = PeftModel.from_pretrained(model, name)
+        kind = adapted.peft_config["default"]
+        what = f"an adapter of kind {kind.peft_type.value} that cannot be merged"
+        with explain(f"--{key}={name} is {what}"):
+            assert not getattr(kind, "layer_replication", None)
+            return adapted.merge_and_unload(), tokenizer
 
 
 def layers_of(config):
