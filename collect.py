@@ -54,11 +54,10 @@ from train import checked, explain, fail, read_command_line, set_up, write_atomi
 
 import numpy as np
 import pandas as pd
-import psutil
 import pyarrow as pa
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import gather_object, get_max_memory, tqdm
 from datasets import Dataset, load_dataset_builder, load_from_disk
 from datasets.packaged_modules import _EXTENSION_TO_MODULE
 from datasets.utils.logging import CRITICAL, set_verbosity
@@ -380,6 +379,9 @@ def take_docs(docs, n_tokens):
 # --- Harvest --------------------------------------------------------------------------------------
 
 
+REASONS = ["special_token", "skipped_position", "outlier_norm", "over_float16"]
+
+
 class Harvest:
     """Runs both models on the same tokens, and drops the rows that a crosscoder should not learn.
     Attributes: models [(NNsight model, paths of its hooks)], base first; tokenizer; d_model;
@@ -426,26 +428,27 @@ class Harvest:
         if new:
             print(f"texts with {new[0]} are left out: the models know {n_embeddings} tokens")
         special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
-        self.special = torch.tensor(special + self.tokenizer.all_special_ids)
+        self.special = special + self.tokenizer.all_special_ids
 
         # the median norm is of the first rows, which are the same in every process
         self.largest_norm = self.divided_by = torch.inf
         docs = self.read()
-        while shard := take_docs(docs, 4096):
-            rows, lost = self.run(shard)
-            if len(rows["raw"]):
+        while docs_read := take_docs(docs, 4096):
+            raw, rows = self.run(docs_read)
+            kept = rows[rows.dropped.isna()]
+            if len(kept):
                 break
-            if lost["over_float16"]:
+            if "over_float16" in set(rows.dropped):
                 fail(f"activations are not finite: another --dtype than {config['dtype']}?")
         else:
             fail(f"--text={config['text']}: no token of its texts is left; dropped: {self.empty}")
-        median = rows["norm"].median(dim=0).values  # [model]
-        self.largest_norm = config["max_norm_ratio"] * median.to(self.models[0][0].device)
-        largest = min(config["max_norm_ratio"], 1000) * median.max().item()
-        doublings = int(np.ceil(np.log2(largest / 65504)))
-        self.divided_by = 2.0 ** max(0, doublings)
-        self.no_rows = {name: column[:0] for name, column in rows.items()}
-        self.d_model = rows["raw"].shape[2]
+        median = kept[self.places].median()
+        self.largest_norm = config["max_norm_ratio"] * median.to_numpy()
+        largest = min(config["max_norm_ratio"], 1000) * median.max()
+        self.divided_by = 2.0 ** max(0, np.ceil(np.log2(largest / 65504)))
+        self.sample = docs_read
+        self.no_rows = (raw[:0], rows[:0])
+        self.d_model = raw.shape[2]
 
     def read(self, first_doc=0):
         """Returns an iterator over the docs from that one on."""
@@ -453,77 +456,67 @@ class Harvest:
         return islice(read_docs(self.config, self.tokenizer, self.empty), first_doc, None)
 
     def run(self, docs):
-        """Returns the rows that are kept, as columns, and a Counter of the dropped tokens, each by
-        its first reason. Columns: raw [row, place, d_model] float16, divided by divided_by, norm
-        [row, place] before that, token (its id), doc (index in docs) and pos [row].
+        """Returns all tokens of the docs as raw [token, place, d_model], float16, divided by
+        divided_by, and as a DataFrame of the norm at each place before that, token (its id), doc
+        (index in docs), pos and dropped: the first of the REASONS to leave it out, or None.
         """
         if not docs:  # the last shard may have fewer docs than there are processes
-            return self.no_rows, Counter()
+            return self.no_rows
         device = self.models[0][0].device
         length = torch.tensor([len(doc["input_ids"]) for doc in docs])
-        parts = []
-        dropped = Counter()
+        raws = []
+        tables = []
         for batch in length.argsort(stable=True).split(self.config["texts_per_batch"]):
             texts = [torch.tensor(docs[i]["input_ids"]) for i in batch]
-            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)
-            doc = batch.to(device)[:, None].expand_as(ids)
-            pos = torch.arange(ids.shape[1], device=device).expand_as(ids)
-            keep = pos < length[batch].to(device)[:, None]  # [batch, position], without padding
-            of_models = [activations(*pair, ids, keep.long()) for pair in self.models]
-            places = [raw.to(device) for raws in zip(*of_models) for raw in raws]
-            norms = [raw.norm(dim=-1, dtype=torch.float32) for raw in places]
-            norm = torch.stack(norms, dim=-1)  # [batch, position, place]
-            is_stored = (norm <= 65504 * self.divided_by) & norm.isfinite()
-
-            special = torch.isin(ids, self.special.to(device))
-            if self.config["keep_special"]:
-                special = (ids == self.tokenizer.bos_token_id) & (pos == 0)
-            reasons = dict(
-                special_token=special,
-                skipped_position=pos < self.config["skip_positions"],
-                outlier_norm=(norm > self.largest_norm).any(-1),
-                over_float16=~is_stored.all(-1),
-            )
-            for reason, drop in reasons.items():
-                dropped[reason] += (keep & drop).sum().item()
-                keep &= ~drop
+            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)  # [batch, position]
+            is_token = torch.arange(ids.shape[1]) < length[batch][:, None]
+            text, pos = is_token.numpy().nonzero()
+            token = ids.numpy()[text, pos]
+            of_models = [activations(*pair, ids, is_token.long()) for pair in self.models]
             with explain("base and finetuned are of different size at the hook", RuntimeError):
-                rows = [raw[keep].div_(self.divided_by).half() for raw in places]
-                raw = torch.stack(rows, dim=1)
-            columns = dict(norm=norm[keep], token=ids[keep], doc=doc[keep], pos=pos[keep], raw=raw)
-            parts.append({name: column.cpu() for name, column in columns.items()})
-            self.bar.update(len(raw))
-        return {name: torch.cat([part[name] for part in parts]) for name in columns}, dropped
+                places = [raw[text, pos].to(device) for raws in zip(*of_models) for raw in raws]
+                raw = torch.stack(places, dim=1)
+            norm = raw.norm(dim=2, dtype=torch.float32).double().cpu().numpy()
+
+            is_special = np.isin(token, self.special)
+            if self.config["keep_special"]:
+                is_special = (token == self.tokenizer.bos_token_id) & (pos == 0)
+            is_skipped = pos < self.config["skip_positions"]
+            is_outlier = (norm > self.largest_norm).any(1)
+            is_over = ~(norm < 65504 * self.divided_by).all(1)  # true of nan, too
+            dropped = np.select([is_special, is_skipped, is_outlier, is_over], REASONS, None)
+            columns = dict(token=token, doc=batch.numpy()[text], pos=pos, dropped=dropped)
+            tables.append(pd.DataFrame(norm, columns=self.places).assign(**columns))
+            raws.append(raw.div_(self.divided_by).half().cpu())
+            self.bar.update(tables[-1].dropped.isna().sum())
+        return torch.cat(raws), pd.concat(tables, ignore_index=True)
+
+    def run_kept(self, docs):
+        """Returns raw of the tokens that are kept, [row, place, d_model]."""
+        raw, rows = self.run(docs)
+        return raw[np.flatnonzero(rows.dropped.isna())]
 
 
 def measure_rounding(harvest):
-    """Measures how far the models' dtype moves B - A. Runs 2,000 tokens through the models, and
-    again in float32. Returns a list by layer: the error of B - A, over the norm of A. Returns [] if
-    there is no memory for the models in float32.
+    """Measures how far the models' dtype moves B - A, on the first texts, in it and in float32.
+    Returns a list by layer: the error of B - A, over the norm of A. Returns [] if there is no
+    memory for the models in float32.
     """
-    device = harvest.models[0][0].device
-    free = psutil.virtual_memory().available
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    if free < 3 * harvest.n_bytes:
+    free = get_max_memory()  # {index of the GPU, or "cpu": bytes}
+    if free.get(harvest.models[0][0].device.index, free["cpu"]) < 3 * harvest.n_bytes:
         print("rounding is not measured: there is no room for the models in float32, too")
         return []
-    docs = harvest.read()
-    rounded = harvest.no_rows
-    while not len(rounded["raw"]):  # texts of special tokens may come first
-        shard = take_docs(docs, 2000)
-        rounded, _ = harvest.run(shard)
     in_float32 = Harvest(harvest.config | dict(dtype="float32"))
-    unrounded, _ = in_float32.run(shard)
     found = []
-    for divided_by, rows in ((harvest.divided_by, rounded), (in_float32.divided_by, unrounded)):
-        raw = divided_by * rows["raw"].double()  # [row, place, d_model]
-        found.append(pd.DataFrame(dict(doc=rows["doc"], pos=rows["pos"], raw=list(raw))))
+    is_kept = True
+    for one in (harvest, in_float32):
+        raw, rows = one.run(harvest.sample)
+        found.append(one.divided_by * raw.double())  # [token, place, d_model]
+        is_kept &= rows.dropped.isna()
     del in_float32
     gc.collect()  # NNsight's models have reference cycles
-    both = found[0].merge(found[1], on=["doc", "pos"])  # either may have dropped more rows
-    exact = torch.stack(both.raw_y.tolist())
-    error = torch.stack(both.raw_x.tolist()) - exact
+    rounded, exact = torch.stack(found)[:, np.flatnonzero(is_kept)]
+    error = rounded - exact
     error = error[:, 1::2] - error[:, ::2]  # of B - A [row, layer, d_model]
     size = exact[:, ::2].norm(dim=2).mean(0)
     return (error.norm(dim=2).mean(0) / size).tolist()
@@ -542,10 +535,10 @@ class Stream:
         self.harvest = Harvest(with_base(config))
         self.d_model = self.harvest.d_model
         self.generator = torch.Generator().manual_seed(config["seed"])
-        self.rows = self.harvest.no_rows["raw"]
+        self.rows, _ = self.harvest.no_rows
         self.shards = self.read()
         docs = take_docs(self.harvest.read(), 2 * config["val_tokens"])
-        raw = self.harvest.run(docs)[0]["raw"]  # sorted by length: hold out random ones
+        raw = self.harvest.run_kept(docs)  # sorted by length: hold out random ones
         order = np.random.default_rng(0).permutation(len(raw))
         self.held_out = raw[order[: config["val_tokens"]]].split(1024)
         self.first = len(docs)  # doc to train on
@@ -558,8 +551,7 @@ class Stream:
             docs = self.harvest.read(self.texts_read)
             while shard := take_docs(docs, self.config["shuffle_rows"] * n_processes):
                 self.texts_read += len(shard)
-                rows, _ = self.harvest.run(shard[PartialState().process_index :: n_processes])
-                yield rows["raw"]
+                yield self.harvest.run_kept(shard[PartialState().process_index :: n_processes])
             # with fewer texts than processes, one process would wait for rows for ever
             if self.texts_read - self.first < n_processes:
                 fail(f"--text={self.config['text']}: too few are left for {n_processes} processes")
@@ -621,9 +613,8 @@ def collect(config):
             fail(f"{building} has other arguments: delete it, or change --out_dir")
 
     harvest = Harvest(config)
-    meta |= dict(places=harvest.places, hooks=harvest.hooks)
-    meta |= dict(d_model=harvest.d_model, tokenizer=harvest.tokenizer.name_or_path)
-    meta["divided_by"] = harvest.divided_by
+    meta |= dict(places=harvest.places, hooks=harvest.hooks, d_model=harvest.d_model)
+    meta |= dict(divided_by=harvest.divided_by, tokenizer=harvest.tokenizer.name_or_path)
     is_main = PartialState().is_main_process
     if is_main and config["dtype"] != "float32" and "rounding" not in meta:
         meta["rounding"] = measure_rounding(harvest)
@@ -654,19 +645,23 @@ def collect(config):
 def add_shard(harvest, building, docs, meta):
     """Runs this process's share of the docs, writes the rows kept, and updates `meta`."""
     rank = PartialState().process_index
-    rows, dropped = harvest.run(docs[rank :: harvest.n_processes])
+    raw, rows = harvest.run(docs[rank :: harvest.n_processes])
 
     # rows in random order; of the last shard as many as n_tokens needs, lower ranks first
-    before = meta["tokens"] + sum(gather_object([len(rows["raw"])])[:rank])
+    kept = np.flatnonzero(rows.dropped.isna())
+    before = meta["tokens"] + sum(gather_object([len(kept)])[:rank])
     rng = np.random.default_rng([meta["seed"], rank, meta["shards"]])
-    order = rng.permutation(len(rows["raw"]))[: max(0, meta["n_tokens"] - before)]
-    rows = {name: column[order] for name, column in rows.items()}
+    order = rng.permutation(kept)[: max(0, meta["n_tokens"] - before)]
+    counts = Counter(rows.dropped.dropna(), tokens=len(order))
+    rows = rows.iloc[order]
+    counts.update(rows[harvest.places].sum().to_dict())
     rows["doc"] = meta["docs"] + rank + harvest.n_processes * rows["doc"]  # in the store's docs
 
-    index = {name: rows[name].int().numpy() for name in ("token", "doc", "pos")}
+    index = dict(rows[["token", "doc", "pos"]].astype("int32"))
     tables = {}
-    for name, raw in zip(harvest.places, rows["raw"].unbind(dim=1)):
-        activation = pa.FixedSizeListArray.from_arrays(raw.flatten().numpy(), harvest.d_model)
+    for i, name in enumerate(harvest.places):
+        flat = raw[order, i].flatten().numpy()
+        activation = pa.FixedSizeListArray.from_arrays(flat, harvest.d_model)
         tables[name] = pa.table(dict(activation=activation) | index)
     if rank == 0:
         tables["docs"] = pa.Table.from_pylist(docs)
@@ -675,17 +670,14 @@ def add_shard(harvest, building, docs, meta):
         path = building / name / f"data-{meta['shards']:05d}-{rank:03d}.arrow"
         write_atomically(path, lambda part: write_arrow(table, part))
 
-    # Sums over all shards and processes. They are gathered when each process has written its files,
-    # so that meta.json counts only whole shards.
-    norms = rows["norm"].double().sum(dim=0).tolist()
-    norms = dict(zip(harvest.places, norms))
-    counts = Counter(dropped, tokens=len(order), **norms)
+    # Counts and sums of norms, over all shards and processes. They are gathered when each process
+    # has written its files, so that meta.json counts only whole shards.
     counts = sum(gather_object([counts]), Counter(meta["counts"]))
     meta |= dict(counts=counts, tokens=counts["tokens"], docs=meta["docs"] + len(docs))
     meta["shards"] += 1
-    meta["dropped"] = {reason: counts[reason] for reason in dropped} | harvest.empty
+    meta["dropped"] = {reason: counts[reason] for reason in REASONS} | harvest.empty
     unit = harvest.divided_by * harvest.d_model**0.5
-    meta["scale"] = [unit * counts["tokens"] / (counts[n] or 1) for n in norms]
+    meta["scale"] = [unit * counts["tokens"] / (counts[n] or 1) for n in harvest.places]
     if rank == 0:
         for name in tables:
             list_files(building / name)

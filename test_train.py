@@ -30,6 +30,7 @@ import hypothesis
 import numpy as np
 import pandas as pd
 import peft
+import psutil
 import pyarrow as pa
 import pytest
 import safetensors.torch
@@ -1905,7 +1906,8 @@ def test_a_stream_holds_out_its_first_texts_whole_also_when_all_come_again_and_o
     assert len(of_stream) == 300
     held_out = ran[1]  # the first are what the median norm is of
     assert len(held_out) > 10
-    longest = rows[1][0]["raw"][-30:]
+    raw, table = rows[1]
+    longest = raw[np.flatnonzero(table.dropped.isna())][-30:]
     is_held_out = (longest[:, None] == of_stream).flatten(2).all(2).any(1)
     assert 0 < is_held_out.sum() < 30, "as likely as any"
     for step in range(60):  # more than all texts
@@ -2107,9 +2109,9 @@ def test_a_stream_is_shuffled_keeps_half_a_shard_and_is_split_over_processes(pai
     runs = []
 
     def spy(harvest, docs):
-        rows, dropped = real(harvest, docs)
-        runs.append((docs, rows["raw"]))
-        return rows, dropped
+        raw, rows = real(harvest, docs)
+        runs.append((docs, raw[np.flatnonzero(rows.dropped.isna())]))
+        return raw, rows
 
     monkeypatch.setattr(collect.Harvest, "run", spy)
     stream = collect.Stream(config)
@@ -2941,7 +2943,7 @@ def test_rounding_is_measured_and_said_and_a_change_below_it_is_none(pairs, caps
 
     # no room for the models in float32
     memory = types.SimpleNamespace(available=1)
-    monkeypatch.setattr(collect.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     collect.collect(collect_config("pair", dtype="bfloat16", out_dir="tight"))
     assert "rounding is not measured" in capsys.readouterr().out
     assert read_meta("tight")["rounding"] == []
