@@ -171,13 +171,14 @@ def find_hooks(model, config):
     modules = dict(model.named_modules())
     hooks = [config["hook"]]
     if not config["hook"]:
-        of_text = set(model.get_decoder().modules())  # without a vision tower
-        lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList)]
-        in_text = [path for path in lists if modules[path] in of_text]
-        lists = in_text or lists
-        if not lists:
+        decoder = set(model.get_decoder().modules())  # without a vision tower
+        sizes = {}
+        for path, module in modules.items():
+            if isinstance(module, nn.ModuleList) and module in decoder:
+                sizes[path] = sum(p.numel() for p in module.parameters())
+        if not sizes:
             fail("the model has no list of blocks: give a module's path by --hook")
-        blocks = max(lists, key=lambda path: sum(p.numel() for p in modules[path].parameters()))
+        blocks = max(sizes, key=sizes.get)
         layers = layers_of(config)
         n_layers = len(modules[blocks])
         if layers[0] < 0 or layers[-1] >= n_layers:
@@ -250,8 +251,7 @@ def read_source(name, config, tokenizer, dropped):
     begins as the tokenizer begins a text, with BOS for example.
     """
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    begin = [i for i in tokenizer("")["input_ids"] if i not in ends]
-    begin = begin or [tokenizer.bos_token_id]
+    begin = [i for i in tokenizer("")["input_ids"] if i not in ends] or [tokenizer.bos_token_id]
     file = Path(name).name if Path(name).exists() else name
     usual = ("text", "messages", "conversations")
     for number, row in enumerate(read_rows(name, config)):
@@ -404,27 +404,29 @@ class Harvest:
         if len(self.hooks) > 2:
             self.places = [f"{name}_{i}" for i in layers_of(config) for name in self.places]
 
-        texts = [m.config.get_text_config() for m in (base, finetuned)]
-        positions = [getattr(y, "max_position_embeddings", 10**9) for y in texts]
-        for y in texts:  # longrope turns all texts of a batch as its longest needs
-            rope = getattr(y, "rope_parameters", None) or {}
-            if rope.get("rope_type") == "longrope":
-                positions.append(rope["original_max_position_embeddings"])
-        seq_len = min([config["seq_len"]] + positions)
-        n_embeddings = [len(m.get_input_embeddings().weight) for m in (base, finetuned)]
+        seq_len = config["seq_len"]
+        n_embeddings = []
+        for model in (base, finetuned):
+            of_text = model.config.get_text_config()
+            seq_len = min(seq_len, getattr(of_text, "max_position_embeddings", seq_len))
+            rope = getattr(of_text, "rope_parameters", None) or {}
+            if rope.get("rope_type") == "longrope":  # it turns a batch as its longest text needs
+                seq_len = min(seq_len, rope["original_max_position_embeddings"])
+            n_embeddings.append(len(model.get_input_embeddings().weight))
         self.config = config | dict(seq_len=seq_len, n_embeddings=min(n_embeddings))
         self.n_bytes = base.get_memory_footprint() + finetuned.get_memory_footprint()
-        row = 2 * len(self.places) * base.config.get_text_config().hidden_size  # bytes of float16
+        row = 2 * len(self.places) * of_text.hidden_size  # bytes of float16
         sizes = np.array([self.n_bytes, 2 * row * config["shuffle_rows"], row * 1e6]) / 1e9
         print(f"texts of up to {seq_len} tokens; in GB models, a shard, 1M rows: {sizes.round(2)}")
         if device.type == "cuda":  # highest is float32, high is TF32
             print(f"precision of float32 products: {torch.get_float32_matmul_precision()}")
 
+        vocabulary = self.tokenizer.get_vocab()
         ids_of_base = tokenizer_of_base.get_vocab()
-        differ = [t for t, i in self.tokenizer.get_vocab().items() if ids_of_base.get(t, i) != i]
+        differ = [t for t, i in vocabulary.items() if ids_of_base.get(t, i) != i]
         if differ:
             fail(f"the models have different vocabularies: {', '.join(sorted(differ)[:5])}")
-        new = [t for t, i in self.tokenizer.get_vocab().items() if i >= min(n_embeddings)]
+        new = [t for t, i in vocabulary.items() if i >= min(n_embeddings)]
         if new:
             print(f"texts with {new[0]} are left out: the models know {n_embeddings} tokens")
         special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
@@ -476,7 +478,7 @@ class Harvest:
             with explain("base and finetuned are of different size at the hook", RuntimeError):
                 places = [raw[text, pos].to(device) for raws in zip(*of_models) for raw in raws]
                 raw = torch.stack(places, dim=1)
-            norm = raw.norm(dim=2, dtype=torch.float32).double().cpu().numpy()
+            norm = raw.norm(dim=2, dtype=torch.float64).cpu().numpy()
 
             is_special = np.isin(token, self.special)
             if self.config["keep_special"]:
@@ -535,12 +537,12 @@ class Stream:
         self.harvest = Harvest(with_base(config))
         self.d_model = self.harvest.d_model
         self.generator = torch.Generator().manual_seed(config["seed"])
-        self.rows, _ = self.harvest.no_rows
-        self.shards = self.read()
         docs = take_docs(self.harvest.read(), 2 * config["val_tokens"])
         raw = self.harvest.run_kept(docs)  # sorted by length: hold out random ones
         order = np.random.default_rng(0).permutation(len(raw))
         self.held_out = raw[order[: config["val_tokens"]]].split(1024)
+        self.rows = raw[:0]
+        self.shards = self.read()
         self.first = len(docs)  # doc to train on
         self.texts_read = max(texts_read, self.first)
 
