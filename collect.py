@@ -58,7 +58,7 @@ import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, get_max_memory, tqdm
-from datasets import Dataset, load_dataset_builder, load_from_disk
+from datasets import load_dataset_builder, load_from_disk
 from datasets.packaged_modules import _EXTENSION_TO_MODULE
 from datasets.utils.logging import CRITICAL, set_verbosity
 from nnsight import NNsight
@@ -398,8 +398,8 @@ class Harvest:
         base, tokenizer_of_base = load("base", config, device)
         finetuned, self.tokenizer = load("finetuned", config, other)
         self.models = [(NNsight(m), find_hooks(m, config)) for m in (base, finetuned)]
-        of_models = [hooks for _, hooks in self.models]
-        self.hooks = [hook for hooks in zip(*of_models) for hook in hooks]  # by place
+        of_places = np.transpose([hooks for _, hooks in self.models])  # [layer, model]
+        self.hooks = of_places.flatten().tolist()
         self.places = ["base", "finetuned"]
         if len(self.hooks) > 2:
             self.places = [f"{name}_{i}" for i in layers_of(config) for name in self.places]
@@ -483,10 +483,13 @@ class Harvest:
             is_special = np.isin(token, self.special)
             if self.config["keep_special"]:
                 is_special = (token == self.tokenizer.bos_token_id) & (pos == 0)
-            is_skipped = pos < self.config["skip_positions"]
-            is_outlier = (norm > self.largest_norm).any(1)
-            is_over = ~(norm < 65504 * self.divided_by).all(1)  # true of nan, too
-            dropped = np.select([is_special, is_skipped, is_outlier, is_over], REASONS, None)
+            conditions = [
+                is_special,
+                pos < self.config["skip_positions"],
+                (norm > self.largest_norm).any(1),
+                ~(norm < 65504 * self.divided_by).all(1),  # true of nan, too
+            ]
+            dropped = np.select(conditions, REASONS, None)
             columns = dict(token=token, doc=batch.numpy()[text], pos=pos, dropped=dropped)
             tables.append(pd.DataFrame(norm, columns=self.places).assign(**columns))
             raws.append(raw.div_(self.divided_by).half().cpu())
@@ -509,16 +512,13 @@ def measure_rounding(harvest):
         print("rounding is not measured: there is no room for the models in float32, too")
         return []
     in_float32 = Harvest(harvest.config | dict(dtype="float32"))
-    found = []
-    is_kept = True
-    for one in (harvest, in_float32):
-        raw, rows = one.run(harvest.sample)
-        found.append(one.divided_by * raw.double())  # [token, place, d_model]
-        is_kept &= rows.dropped.isna()
+    rounded, rows = harvest.run(harvest.sample)
+    exact, rows_too = in_float32.run(harvest.sample)  # the same tokens
+    kept = np.flatnonzero(rows.dropped.isna() & rows_too.dropped.isna())
+    exact = in_float32.divided_by * exact[kept].double()  # [row, place, d_model]
+    error = harvest.divided_by * rounded[kept].double() - exact
     del in_float32
     gc.collect()  # NNsight's models have reference cycles
-    rounded, exact = torch.stack(found)[:, np.flatnonzero(is_kept)]
-    error = rounded - exact
     error = error[:, 1::2] - error[:, ::2]  # of B - A [row, layer, d_model]
     size = exact[:, ::2].norm(dim=2).mean(0)
     return (error.norm(dim=2).mean(0) / size).tolist()
@@ -588,11 +588,11 @@ def write_json(value, path):
 def list_files(folder):
     """Makes a Hugging Face dataset, as save_to_disk does, from the Arrow files in the folder."""
     files = sorted(folder.glob("*.arrow"))
-    Dataset.from_file(str(files[0])).info.write_to_directory(folder)
     unset = "_fingerprint _format_columns _format_type _output_all_columns _split"
     state = dict.fromkeys(unset.split())
     state |= dict(_data_files=[dict(filename=file.name) for file in files], _format_kwargs={})
     write_json(state, folder / "state.json")
+    write_json({}, folder / "dataset_info.json")
 
 
 def collect(config):
