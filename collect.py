@@ -122,7 +122,6 @@ def load(key, config, device):
     """
     name = config[key]
     options = dict(trust_remote_code=config["trust_remote_code"])
-    of_model = options | dict(dtype=config["dtype"], device_map=config["device_map"] or device)
     logging.set_verbosity_error()  # missing weights get one line from `explain`
     with explain(f"--{key}={name} cannot be loaded"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft uses what transformers deprecates
@@ -130,8 +129,13 @@ def load(key, config, device):
         has_tokenizer = any(has_file(name, f"tokenizer{end}.json") for end in ("", "_config"))
         below = config["base"]
         if not has_file(name, "adapter_config.json"):
-            of_model["output_loading_info"] = True
-            model, found = AutoModelForCausalLM.from_pretrained(name, **of_model)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=config["dtype"],
+                device_map=config["device_map"] or device,
+                output_loading_info=True,
+                **options,
+            )
             missing = found["missing_keys"]
             assert not missing, f"its weights are not those of its config: no {min(missing)}"
             for unused in sorted(found["unexpected_keys"])[:1]:
@@ -202,12 +206,12 @@ def activations(model, hooks, input_ids, attention_mask):
     [batch, position] are padded on the right. Ends the program if a module has no such output.
     """
     what = f"--hook={','.join(hooks)} has no output [batch, position, d_model]"
-    inputs = dict(input_ids=input_ids.to(model.device), use_cache=False)
-    inputs["attention_mask"] = attention_mask.to(model.device)
+    ids = input_ids.to(model.device)
+    mask = attention_mask.to(model.device)
     # no such module, or a module that is never called (a list of blocks)
     with explain(what, (AttributeError, OutOfOrderError, LookupError)):
         outputs = []
-        with model.trace(**inputs) as tracer:
+        with model.trace(input_ids=ids, attention_mask=mask, use_cache=False) as tracer:
             for hook in hooks:
                 outputs.append(hidden(model.get(hook).output).save())
             tracer.stop()  # the forward pass ends there
@@ -415,9 +419,9 @@ class Harvest:
             n_embeddings.append(len(model.get_input_embeddings().weight))
         self.config = config | dict(seq_len=seq_len, n_embeddings=min(n_embeddings))
         self.n_bytes = base.get_memory_footprint() + finetuned.get_memory_footprint()
-        row = 2 * len(self.places) * of_text.hidden_size  # bytes of float16
-        sizes = np.array([self.n_bytes, 2 * row * config["shuffle_rows"], row * 1e6]) / 1e9
-        print(f"texts of up to {seq_len} tokens; in GB models, a shard, 1M rows: {sizes.round(2)}")
+        row = 2 * len(self.places) * of_text.hidden_size / 1e9  # GB of float16
+        print(f"texts of up to {seq_len} tokens; models of {self.n_bytes / 1e9:.2f} GB")
+        print(f"{1e6 * row:.2f} GB per 1M rows, {2 * row * config['shuffle_rows']:.2f} per shard")
         if device.type == "cuda":  # highest is float32, high is TF32
             print(f"precision of float32 products: {torch.get_float32_matmul_precision()}")
 
@@ -470,10 +474,11 @@ class Harvest:
         tables = []
         for batch in length.argsort(stable=True).split(self.config["texts_per_batch"]):
             texts = [torch.tensor(docs[i]["input_ids"]) for i in batch]
-            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)  # [batch, position]
-            is_token = torch.arange(ids.shape[1]) < length[batch][:, None]
+            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1)
+            is_token = ids >= 0  # [batch, position]
             text, pos = is_token.numpy().nonzero()
             token = ids.numpy()[text, pos]
+            ids[~is_token] = 0
             of_models = [activations(*pair, ids, is_token.long()) for pair in self.models]
             with explain("base and finetuned are of different size at the hook", RuntimeError):
                 places = [raw[text, pos].to(device) for raws in zip(*of_models) for raw in raws]
@@ -615,12 +620,17 @@ def collect(config):
             fail(f"{building} has other arguments: delete it, or change --out_dir")
 
     harvest = Harvest(config)
-    meta |= dict(places=harvest.places, hooks=harvest.hooks, d_model=harvest.d_model)
-    meta |= dict(divided_by=harvest.divided_by, tokenizer=harvest.tokenizer.name_or_path)
+    meta |= dict(
+        places=harvest.places,
+        hooks=harvest.hooks,
+        d_model=harvest.d_model,
+        divided_by=harvest.divided_by,
+        tokenizer=harvest.tokenizer.name_or_path,
+        versions={p: version(p) for p in ("torch", "transformers", "nnsight", "datasets")},
+    )
     is_main = PartialState().is_main_process
     if is_main and config["dtype"] != "float32" and "rounding" not in meta:
         meta["rounding"] = measure_rounding(harvest)
-    meta["versions"] = {p: version(p) for p in ("torch", "transformers", "nnsight", "datasets")}
     building.mkdir(parents=True, exist_ok=True)
     with open(building / "lock", "w") as lock:
         with explain(f"{building} is being written already", BlockingIOError):
@@ -654,12 +664,12 @@ def add_shard(harvest, building, docs, meta):
     before = meta["tokens"] + sum(gather_object([len(kept)])[:rank])
     rng = np.random.default_rng([meta["seed"], rank, meta["shards"]])
     order = rng.permutation(kept)[: max(0, meta["n_tokens"] - before)]
-    counts = Counter(rows.dropped.dropna(), tokens=len(order))
-    rows = rows.iloc[order]
-    counts.update(rows[harvest.places].sum().to_dict())
-    rows["doc"] = meta["docs"] + rank + harvest.n_processes * rows["doc"]  # in the store's docs
+    stored = rows.iloc[order]
+    norms = stored[harvest.places].sum()
+    counts = Counter(rows.dropped.dropna(), tokens=len(order), **norms)
+    stored["doc"] = meta["docs"] + rank + harvest.n_processes * stored["doc"]  # in the store's docs
 
-    index = dict(rows[["token", "doc", "pos"]].astype("int32"))
+    index = dict(stored[["token", "doc", "pos"]].astype("int32"))
     tables = {}
     for i, name in enumerate(harvest.places):
         flat = raw[order, i].flatten().numpy()
