@@ -665,7 +665,7 @@ def add_shard(harvest, building, docs, meta):
     rng = np.random.default_rng([meta["seed"], rank, meta["shards"]])
     order = rng.permutation(kept)[: max(0, meta["n_tokens"] - before)]
     stored = rows.iloc[order]
-    norms = stored[harvest.places].sum()
+    norms = stored[harvest.places].sum().to_dict()
     counts = Counter(rows.dropped.dropna(), tokens=len(order), **norms)
     stored["doc"] = meta["docs"] + rank + harvest.n_processes * stored["doc"]  # in the store's docs
 
