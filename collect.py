@@ -235,9 +235,9 @@ def read_docs(config, tokenizer, dropped):
     given = config["text_share"] or ",".join("1" * len(names))
     what = f"--text={','.join(names)} --text_share={given}: expected each once, shares over 0"
     with explain(what):
-        share = dict(zip(names, map(float, given.split(",")), strict=True))
-        are_shares = all(0 < y < np.inf for y in share.values())
-        assert are_shares and all(names) and len(share) == len(names), share
+        share = pd.Series(given.split(","), names, dtype=float)
+        are_shares = share.between(0, np.inf, inclusive="neither").all()
+        assert are_shares and share.index.is_unique and all(names), share.tolist()
     sources = {name: read_source(name, config, tokenizer, dropped) for name in names}
     taken = dict.fromkeys(names, 0)  # tokens so far, divided by the share
     while sources:
@@ -362,9 +362,8 @@ def read_rows(name, config):
                 split = "train"
             elif path.exists():
                 builder = load_dataset_builder(name)
-            else:
-                of_hub, _, configuration = name.partition(":")
-                builder = load_dataset_builder(of_hub, configuration or None)
+            else:  # of the hub, perhaps with a configuration
+                builder = load_dataset_builder(*name.split(":", 1))
             if hasattr(builder.config, "sample_by"):  # of .txt, also in a folder
                 builder.config.sample_by = "paragraph"
             rows = builder.as_streaming_dataset(split)
@@ -481,7 +480,7 @@ class Harvest:
             ids[~is_token] = 0
             of_models = [activations(*pair, ids, is_token.long()) for pair in self.models]
             with explain("base and finetuned are of different size at the hook", RuntimeError):
-                places = [raw[text, pos].to(device) for raws in zip(*of_models) for raw in raws]
+                places = [raw[text, pos].to(device) for pair in zip(*of_models) for raw in pair]
                 raw = torch.stack(places, dim=1)
             norm = raw.norm(dim=2, dtype=torch.float64).cpu().numpy()
 
