@@ -450,7 +450,7 @@ class Harvest:
         median = kept[self.places].median()
         self.largest_norm = config["max_norm_ratio"] * median.to_numpy()
         largest = min(config["max_norm_ratio"], 1000) * median.max()
-        self.divided_by = 2.0 ** max(0, np.ceil(np.log2(largest / 65504)))
+        self.divided_by = 2.0 ** max(0, int(np.ceil(np.log2(largest / 65504))))
         self.sample = docs_read
         self.no_rows = (raw[:0], rows[:0])
         self.d_model = raw.shape[2]
