@@ -382,13 +382,15 @@ def take_docs(docs, n_tokens):
 # --- Harvest --------------------------------------------------------------------------------------
 
 
+# why tokens are left out: the first reason that holds is counted
 REASONS = ["special_token", "skipped_position", "outlier_norm", "over_float16"]
 
 
 class Harvest:
     """Runs both models on the same tokens, and drops the rows that a crosscoder should not learn.
     Attributes: models [(NNsight model, paths of its hooks)], base first; tokenizer; d_model;
-    places, the names of what is collected, such as base and finetuned; hooks, the path of each.
+    places, the names of what is collected, such as base and finetuned; hooks, the path of each;
+    sample, the first docs of which a token is kept; no_rows, what `run` returns of no docs.
     """
 
     def __init__(self, config):
@@ -438,8 +440,8 @@ class Harvest:
         # the median norm is of the first rows, which are the same in every process
         self.largest_norm = self.divided_by = torch.inf
         docs = self.read()
-        while docs_read := take_docs(docs, 4096):
-            raw, rows = self.run(docs_read)
+        while sample := take_docs(docs, 4096):
+            raw, rows = self.run(sample)
             kept = rows[rows.dropped.isna()]
             if len(kept):
                 break
@@ -451,7 +453,7 @@ class Harvest:
         self.largest_norm = config["max_norm_ratio"] * median.to_numpy()
         largest = min(config["max_norm_ratio"], 1000) * median.max()
         self.divided_by = 2.0 ** max(0, int(np.ceil(np.log2(largest / 65504))))
-        self.sample = docs_read
+        self.sample = sample
         self.no_rows = (raw[:0], rows[:0])
         self.d_model = raw.shape[2]
 
@@ -477,8 +479,7 @@ class Harvest:
             is_token = ids >= 0  # [batch, position]
             text, pos = is_token.numpy().nonzero()
             token = ids.numpy()[text, pos]
-            ids[~is_token] = 0
-            of_models = [activations(*pair, ids, is_token.long()) for pair in self.models]
+            of_models = [activations(*pair, ids.clamp(0), is_token.long()) for pair in self.models]
             with explain("base and finetuned are of different size at the hook", RuntimeError):
                 places = [raw[text, pos].to(device) for pair in zip(*of_models) for raw in pair]
                 raw = torch.stack(places, dim=1)
@@ -494,10 +495,11 @@ class Harvest:
                 ~(norm < 65504 * self.divided_by).all(1),  # true of nan, too
             ]
             dropped = np.select(conditions, REASONS, None)
-            columns = dict(token=token, doc=batch.numpy()[text], pos=pos, dropped=dropped)
-            tables.append(pd.DataFrame(norm, columns=self.places).assign(**columns))
+            rows = pd.DataFrame(norm, columns=self.places)
+            rows = rows.assign(token=token, doc=batch.numpy()[text], pos=pos, dropped=dropped)
+            tables.append(rows)
             raws.append(raw.div_(self.divided_by).half().cpu())
-            self.bar.update(tables[-1].dropped.isna().sum())
+            self.bar.update(rows.dropped.isna().sum())
         return torch.cat(raws), pd.concat(tables, ignore_index=True)
 
     def run_kept(self, docs):
