@@ -490,12 +490,11 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         aux_loss = torch.zeros_like(l2_loss)
         if aux_coeff and len(dead):  # no ReLU: negative pre-activations get a gradient, too
             select = partial(topk_mask, k=k_aux)
-            W = W_enc.index_select(0, dead)
-            b = self.b_enc.index_select(0, dead)
-            code = entries_where(select, x_flat, W, b)
-            code = code._replace(value=EncodeAt.apply(code, x_flat, W, b))
-            e_hat = code @ self.flat(self.W_dec).index_select(0, dead)
-            aux_loss = (error.detach().flatten(1) + e_hat).square().sum() / len(x)
+            code = entries_where(select, x_flat, W_enc[dead], self.b_enc[dead])
+            code = code._replace(latent=dead[code.latent], shape=f.shape)
+            code = code._replace(value=EncodeAt.apply(code, x_flat, W_enc, self.b_enc))
+            residual = -error.detach().flatten(1)
+            aux_loss = (residual - code @ self.flat(self.W_dec)).square().sum() / len(x)
             aux_loss = aux_loss * min(len(dead) / k_aux, 1)
 
         loss = l2_loss + aux_coeff * aux_loss
