@@ -35,6 +35,7 @@ of shuffle_rows tokens. A token takes 4 bytes times d_model, in memory and on th
 import fcntl
 import gc
 import json
+import re
 import signal
 import sys
 import warnings
@@ -155,6 +156,8 @@ def load(key, config, device):
             model.config.tie_word_embeddings = False
             head.weight = nn.Parameter(head.weight.clone())
         adapted = PeftModel.from_pretrained(model, name)
+        for weight in adapted.load_adapter(name, "default").unexpected_keys:
+            assert ".lora_" not in weight, f"its config does not name its weight {weight}"
         kind = adapted.peft_config["default"]
         what = f"an adapter of kind {kind.peft_type.value} that cannot be merged"
         with explain(f"--{key}={name} is {what}"):
@@ -224,6 +227,10 @@ def activations(model, hooks, input_ids, attention_mask):
 # --- Texts ----------------------------------------------------------------------------------------
 
 
+# the beginning of a chat that is written as JSON
+CHAT_IN_TEXT = re.compile(r"""\s*\[\s*\{.*?["'](role|from)["']\s*:""", re.DOTALL)
+
+
 def read_docs(config, tokenizer, dropped):
     """Yields docs, dicts of source, text (its number there) and input_ids, of the sources in
     --text. The next one is of the source with the fewest tokens for its share. When one ends, the
@@ -266,9 +273,7 @@ def read_source(name, config, tokenizer, dropped):
         if column not in row:
             fail(f"{where} has no {column}, but {', '.join(row)}: give a --text_column")
         text = row[column] or ""
-        is_chat = not isinstance(text, str)
-        if column in ("messages", "conversations"):  # they may be written as JSON
-            is_chat |= str(text).lstrip().startswith("[{")
+        is_chat = not isinstance(text, str) or CHAT_IN_TEXT.match(text)
         try:
             if is_chat:
                 text = render(read_json(text), read_json(row.get("tools")), tokenizer)
@@ -312,7 +317,8 @@ def render(chat, tools, tokenizer):
     ShareGPT has. Raises an error if the template does, or if the text lacks the end of a turn or
     the name of a tool that is called.
     """
-    assert isinstance(chat, list), f"neither a text nor messages: {chat!r:.50}"
+    is_chat = isinstance(chat, list) and all(isinstance(turn, dict) for turn in chat)
+    assert is_chat, f"neither a text nor messages: {chat!r:.50}"
     turns = []
     in_parts = []  # the same turns, as some templates take them
     said = []  # (role, words that must be in the text)

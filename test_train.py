@@ -1565,7 +1565,7 @@ def test_chats_of_every_form_are_rendered_alike(pairs, kind):
         (dict(role="narrator", content="w7 w8"), "leaves out what narrator says"),
         (dict(role="user", content=None), "has no content"),
         (dict(role="user", content=[dict(type="image", url="x")]), "text"),
-        (3, "has no attribute"),
+        (3, "neither a text"),
     ],
 )
 def test_a_chat_that_cannot_be_rendered_whole_is_left_out_counted_and_said(
@@ -1613,7 +1613,9 @@ def test_tools_are_passed_to_the_template_and_their_calls_without_the_nulls_of_o
     assert dropped["refused_row"] == 2
 
 
-def test_messages_written_as_json_and_files_with_two_suffixes_are_read_as_what_they_are(pairs):
+def test_messages_written_as_json_and_files_with_two_suffixes_are_read_as_what_they_are(
+    pairs, capsys
+):
     folder, _ = pairs["llama"]
     tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
     tokenizer.chat_template = CHAT
@@ -1621,10 +1623,16 @@ def test_messages_written_as_json_and_files_with_two_suffixes_are_read_as_what_t
     Dataset.from_dict(dict(messages=[turns])).to_parquet("chat.parquet")
     Path("chat.csv.jsonl").write_text(json.dumps(dict(messages=turns)))
     Dataset.from_dict(dict(messages=[turns])).with_format("numpy").save_to_disk("saved")
-    for name in ("chat.parquet", "chat.csv.jsonl", "saved"):
+    Path("text.jsonl").write_text(json.dumps(dict(text=turns)))
+    for name in ("chat.parquet", "chat.csv.jsonl", "saved", "text.jsonl"):
         config = collect_config(folder, text=name)
         (doc,) = collect.read_docs(config, tokenizer, {})
         assert doc["input_ids"] == [1, 4, 5, 1, 6], name
+    for text, reason in ((turns.replace('"', "'"), "double quotes"), (["w1"], "neither a text")):
+        Path("text.jsonl").write_text(json.dumps(dict(text=text)))
+        dropped = collect.Counter()
+        assert not list(collect.read_docs(config, tokenizer, dropped)), "not taken for a text"
+        assert reason in capsys.readouterr().err and dropped == dict(refused_row=1)
 
 
 def test_a_template_that_takes_content_in_parts_gets_parts(pairs):
@@ -1658,6 +1666,14 @@ def test_an_adapter_on_an_adapter_is_merged_after_it_and_one_that_cannot_be_is_r
         found, _ = collect.load("finetuned", given, "cpu")
         for key, y in expected.state_dict().items():
             torch.testing.assert_close(found.state_dict()[key], y)
+    base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    two = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"])
+    peft.get_peft_model(base, two).save_pretrained("two")
+    kind = json.loads(Path("two/adapter_config.json").read_text()) | dict(target_modules=["q_proj"])
+    Path("two/adapter_config.json").write_text(json.dumps(kind))
+    given = config | dict(finetuned="two")
+    said = error_of(capsys, collect.load, "finetuned", given, "cpu")
+    assert "does not name its weight base_model.model.model.layers.0.self_attn.k_proj" in said
     base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
     prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     peft.get_peft_model(base, prefix).save_pretrained("prefix")
@@ -1959,7 +1975,7 @@ def test_a_stream_trains_and_resumes_and_its_batches_are_rows_of_both_models(pai
         (dict(text="no-such-org/no-such-text"), "--text=no-such-org/no-such-text"),
         (dict(text="empty.txt"), "empty.txt"),
         (dict(text="special.jsonl"), "no token"),
-        (dict(text="broken.jsonl"), "has no attribute"),
+        (dict(text="broken.jsonl"), "neither a text"),
         (dict(text="numbers.jsonl"), "neither a text nor messages: 1.5"),
         (dict(text="objects.jsonl"), "neither a text nor messages: {'a': 1}"),
         (dict(hook="model.layers"), "--hook=model.layers"),
