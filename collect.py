@@ -14,14 +14,17 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
     OUT/docs/       a Hugging Face dataset, one row per text, or per piece of a text of over seq_len
                     tokens: input_ids, source (the row's, or the name in --text), text (its number
                     there, as shuffled)
-    OUT/meta.json   the config; processes; places, the names of the datasets; of each place hooks,
-                    the module's path, and scale, sqrt(d_model) / mean norm of its rows; d_model;
-                    tokens, rows of base; docs, rows of docs; dropped, by reason: tokens (also of
-                    whole texts with an unknown_token) and rows of --text (empty_text, refused_row);
-                    divided_by, a power of two, 1 unless rows are too large for float16; rounding
-                    (if dtype is not float32): the error of B - A that it makes, over the norm of A,
-                    by layer, or [] if that could not be measured; tokenizer; versions of packages;
-                    shards and counts, for continuing
+    OUT/meta.json   the config, and
+      places        names of the datasets
+      hooks         path of the module, of each place
+      scale         sqrt(d_model) / mean norm of the rows, of each place
+      tokens, docs  numbers of rows of base and of docs
+      dropped       by reason: numbers of tokens (unknown_token: of whole texts), and of rows of
+                    --text (empty_text, refused_row)
+      divided_by    a power of two: 1 unless rows are too large for float16
+      rounding      if dtype is not float32, by layer: the error of B - A that it makes, over the
+                    norm of A; [] if that could not be measured
+      d_model, tokenizer, processes, versions; shards and counts, for continuing
 
 A token is left out if it is padding or BOS (with --keep_special=False any special token), if it is
 among the first skip_positions of its doc, if its norm at a place is over max_norm_ratio times the
@@ -87,7 +90,7 @@ config = dict(
     n_tokens=1_000_000,  # rows to write
     seq_len=512,  # tokens of context; longer texts are cut into pieces of that length
     skip_positions=1,  # positions at the start of each text to drop: the first is an attention sink
-    keep_special=True,  # keep special tokens, such as those of chat templates; never BOS or padding
+    keep_special=True,  # keep special tokens, such as those of chat templates; not the first BOS
     max_norm_ratio=5.0,  # drop tokens whose norm is over so many times the median, in either model
     # system
     out_dir="acts",  # folder of the store
@@ -232,10 +235,9 @@ CHAT_IN_TEXT = re.compile(r"""\s*\[\s*\{.*?["'](role|from)["']\s*:""", re.DOTALL
 
 
 def read_docs(config, tokenizer, dropped):
-    """Yields docs, dicts of source, text (its number there) and input_ids, of the sources in
+    """Yields docs, dicts of source, text (its row in the source) and input_ids, of the sources in
     --text. The next one is of the source with the fewest tokens for its share. When one ends, the
-    others continue. Counts rows without a text in the Counter `dropped`. Ends the program at a
-    source or row it cannot read.
+    others continue. Counts in the Counter `dropped` what `read_source` leaves out.
     """
     text = config["text"]
     names = [text] if Path(text).exists() else text.split(",")
@@ -259,12 +261,16 @@ def read_docs(config, tokenizer, dropped):
 
 def read_source(name, config, tokenizer, dropped):
     """Yields the docs of one source: its texts, in pieces of up to seq_len tokens. Each piece
-    begins as the tokenizer begins a text, with BOS for example.
+    begins as the tokenizer begins a text, with BOS for example. Chats are rendered. Leaves out and
+    counts in `dropped` texts that are empty, that the template refuses, or that use a token one
+    model lacks (the number of their tokens). Ends the program at a row without the column, or if
+    the template refuses over 1% (and 10) of the rows.
     """
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
     begin = [i for i in tokenizer("")["input_ids"] if i not in ends] or [tokenizer.bos_token_id]
     file = Path(name).name if Path(name).exists() else name
     usual = ("text", "messages", "conversations")
+    n_refused = 0
     for number, row in enumerate(read_rows(name, config)):
         where = f"--text={name}: the row {str(row)[:80]}"
         filled = [column for column in usual if row.get(column)]
@@ -279,10 +285,11 @@ def read_source(name, config, tokenizer, dropped):
                 text = render(read_json(text), read_json(row.get("tools")), tokenizer)
         except Exception as e:  # whatever a template raises
             dropped["refused_row"] += 1
+            n_refused += 1
             message = f"{where} is left out: {' '.join(str(e).split())[:300]}"
-            if dropped["refused_row"] > max(10, number / 100):
-                fail(f"{message}. So are {dropped['refused_row'] - 1} others, more than 1%")
-            if dropped["refused_row"] == 1:
+            if n_refused > max(10, number / 100):
+                fail(f"{message}. So are {n_refused - 1} others, more than 1%")
+            if n_refused == 1:
                 print(message, file=sys.stderr)
             continue
         # chat templates write BOS themselves
@@ -302,7 +309,7 @@ def read_source(name, config, tokenizer, dropped):
 
 
 def without_nulls(y):
-    """Returns a dict without its nulls: Arrow fills up with them what other rows have."""
+    """Returns a dict without its nulls: Arrow adds one for each key that only other rows have."""
     return {key: value for key, value in y.items() if value is not None}
 
 
@@ -314,8 +321,8 @@ def read_json(y):
 
 def render(chat, tools, tokenizer):
     """Returns the text of a chat, a list of turns with role and content, or with from and value, as
-    ShareGPT has. Raises an error if the template does, or if the text lacks the end of a turn or
-    the name of a tool that is called.
+    ShareGPT has. Raises an error if the template does, or if the last 30 characters that a user or
+    the assistant says, or the name of a tool that is called, are not in the text.
     """
     is_chat = isinstance(chat, list) and all(isinstance(turn, dict) for turn in chat)
     assert is_chat, f"neither a text nor messages: {chat!r:.50}"
@@ -338,7 +345,7 @@ def render(chat, tools, tokenizer):
         if role not in ("system", "tool"):  # templates may rewrite these
             said.append((role, content.strip()[-30:]))  # reasoning before it may be left out
     forms = [turns]
-    if "'type'" in str(tokenizer.chat_template):
+    if "'type'" in str(tokenizer.chat_template):  # it may read the parts of a content
         forms.append(in_parts)
     for form in forms:
         text = tokenizer.apply_chat_template(form, tools=tools or None, tokenize=False)
@@ -349,8 +356,8 @@ def render(chat, tools, tokenizer):
 
 
 def read_rows(name, config):
-    """Yields the rows of a source as dicts, shuffled by the seed: the next one is any of the next
-    10,000. Ends the program where it cannot be read.
+    """Yields the rows of a source as dicts, shuffled by the seed in a buffer of 10,000 rows. Ends
+    the program where it cannot be read.
     """
     path = Path(name)
     set_verbosity(CRITICAL)  # a damaged file gets one line from `explain`
@@ -362,7 +369,7 @@ def read_rows(name, config):
             split = config["split"]
             if path.is_file() or "://" in name:
                 kind = ("json", {})
-                for suffix in path.suffixes:  # .zst may come after it
+                for suffix in path.suffixes:  # .zst may follow
                     kind = _EXTENSION_TO_MODULE.get(suffix.lower(), kind)
                 builder = load_dataset_builder(kind[0], data_files=name, **kind[1])
                 split = "train"
@@ -396,7 +403,8 @@ class Harvest:
     """Runs both models on the same tokens, and drops the rows that a crosscoder should not learn.
     Attributes: models [(NNsight model, paths of its hooks)], base first; tokenizer; d_model;
     places, the names of what is collected, such as base and finetuned; hooks, the path of each;
-    sample, the first docs of which a token is kept; no_rows, what `run` returns of no docs.
+    sample, the first docs of 4,096 tokens, or the next ones if all of these tokens are dropped;
+    no_rows, what `run` returns without docs.
     """
 
     def __init__(self, config):
@@ -421,7 +429,7 @@ class Harvest:
             of_text = model.config.get_text_config()
             seq_len = min(seq_len, getattr(of_text, "max_position_embeddings", seq_len))
             rope = getattr(of_text, "rope_parameters", None) or {}
-            if rope.get("rope_type") == "longrope":  # it turns a batch as its longest text needs
+            if rope.get("rope_type") == "longrope":  # texts would depend on the longest in a batch
                 seq_len = min(seq_len, rope["original_max_position_embeddings"])
             n_embeddings.append(len(model.get_input_embeddings().weight))
         self.config = config | dict(seq_len=seq_len, n_embeddings=min(n_embeddings))
@@ -443,7 +451,8 @@ class Harvest:
         special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
         self.special = special + self.tokenizer.all_special_ids
 
-        # the median norm is of the first rows, which are the same in every process
+        # The median norm is of the first docs, which are the same in every process. No limit is
+        # known yet: divided by inf, their activations are 0, and over_float16 means not finite.
         self.largest_norm = self.divided_by = torch.inf
         docs = self.read()
         while sample := take_docs(docs, 4096):
@@ -515,9 +524,9 @@ class Harvest:
 
 
 def measure_rounding(harvest):
-    """Measures how far the models' dtype moves B - A, on the first texts, in it and in float32.
-    Returns a list by layer: the error of B - A, over the norm of A. Returns [] if there is no
-    memory for the models in float32.
+    """Runs the first docs in the models' dtype, and again in float32. Returns a list by layer: the
+    mean norm of the error of B - A, over that of A. Returns [] if there is no memory for the models
+    in float32, which take up to twice the bytes, and for what they compute.
     """
     free = get_max_memory()  # {index of the GPU, or "cpu": bytes}
     if free.get(harvest.models[0][0].device.index, free["cpu"]) < 3 * harvest.n_bytes:
@@ -537,9 +546,9 @@ def measure_rounding(harvest):
 
 
 class Stream:
-    """Data of train.py that needs no disk: rows of a Harvest, shuffled in memory."""
-
-    n_models = 2
+    """Data of train.py that needs no disk: rows of a Harvest, shuffled in memory. With two layers,
+    its models are base and finetuned at the first one, and then at the second.
+    """
 
     def __init__(self, config, texts_read=0):
         """Takes the first docs of 2 * val_tokens tokens, and holds out val_tokens of their rows.
@@ -548,6 +557,7 @@ class Stream:
         self.config = config
         self.harvest = Harvest(with_base(config))
         self.d_model = self.harvest.d_model
+        self.n_models = len(self.harvest.places)
         self.generator = torch.Generator().manual_seed(config["seed"])
         docs = take_docs(self.harvest.read(), 2 * config["val_tokens"])
         raw = self.harvest.run_kept(docs)  # sorted by length: hold out random ones
@@ -573,8 +583,8 @@ class Stream:
             self.texts_read = self.first
 
     def batch(self, step):
-        """Returns this process's rows of a step [batch_size / processes, n_models, d_model]. Half a
-        shard stays, to be mixed with the next one.
+        """Returns this process's next rows [batch_size / processes, n_models, d_model], whatever
+        the step. Half a shard stays, to be mixed with the next one.
         """
         n = self.config["batch_size"] // self.harvest.n_processes
         while len(self.rows) < n + self.config["shuffle_rows"] // 2:
@@ -597,8 +607,8 @@ def write_json(value, path):
     write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1)))
 
 
-def list_files(folder):
-    """Makes a Hugging Face dataset, as save_to_disk does, from the Arrow files in the folder."""
+def describe_files(folder):
+    """Writes what makes a Hugging Face dataset of the Arrow files in the folder."""
     files = sorted(folder.glob("*.arrow"))
     unset = "_fingerprint _format_columns _format_type _output_all_columns _split"
     state = dict.fromkeys(unset.split())
@@ -699,7 +709,7 @@ def add_shard(harvest, building, docs, meta):
     meta["scale"] = [unit * counts["tokens"] / (counts[n] or 1) for n in harvest.places]
     if rank == 0:
         for name in tables:
-            list_files(building / name)
+            describe_files(building / name)
         write_json(meta, building / "meta.json")
 
 

@@ -1194,6 +1194,8 @@ def test_numbers_may_be_written_in_their_usual_ways():
     expected = train.config | dict(resume=True, out_dir="a b=c")
     assert settings("--resume=True", "--out_dir=a b=c") == expected
     assert settings("--k=3", "--k=4")["k"] == 4, "the last one counts"
+    of_collect = train.checked(dict(max_norm_ratio="2.5"), collect.config, collect.allowed)
+    assert of_collect["max_norm_ratio"] == 2.5
 
 
 def test_help_prints_every_key_with_its_comment(capsys):
@@ -1964,6 +1966,9 @@ def test_a_stream_trains_and_resumes_and_its_batches_are_rows_of_both_models(pai
         x = stream.batch(step)
         assert x.shape == (64, 2, 16)
         assert {tuple(row) for row in x.flatten(1).tolist()} <= stored
+    options = options.replace("--layer=1", "--layer=1,2").replace("=out", "=layers")
+    run(*options.split(), "--steps=10", *pair_arguments(folder))
+    assert "val/explained_variance_D" in metrics("layers")[-1], "two models at two layers"
 
 
 @pytest.mark.parametrize(

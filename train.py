@@ -63,14 +63,12 @@ config = dict(
     # data
     data="toy",  # toy, path of a store, or stream (collects while training; takes its keys, too)
     places="base,finetuned",  # datasets of the store, such as base_7,finetuned_7; the first is A
-    val_tokens=-1,  # rows held out for validation; 0: none; -1: 1% of a store, or 8,192
-    rows_together=1,  # neighbouring rows that stay together when rows are shuffled: take 64 to 256
-    # if the store is larger than memory, because disks read neighbours faster
+    val_tokens=-1,  # rows held out; 0: none; -1: 1% of a store, from 8,192 (or a tenth) to 1M
+    rows_together=1,  # rows shuffled as one: take 64 to 256 if the store is larger than memory
     batch_size=1024,  # tokens per step, over all processes
     # model and losses
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
-    basis="plain",  # plain: learns (A, B); delta: (A, B - A), both scaled to the same norm;
-    # difference: B - A alone
+    basis="plain",  # learns plain: (A, B); delta: (A, B - A), scaled alike; difference: B - A alone
     d_hidden=512,  # number of latents
     dedicated=0.0,  # share of latents that only A may use; B gets the same share for itself
     k=32,  # active latents per token: at most (topk) or on average over the batch (batchtopk)
@@ -89,12 +87,12 @@ config = dict(
     seed=0,  # seeds the weights, the order of the rows and the toy
 )
 # Allowed values. Numbers without an entry must be at least 0 and finite.
-at_least_1 = range(1, 10**15)
+at_least_1 = pd.Interval(1, 1e15, closed="left")
 below_1 = pd.Interval(0, 1, closed="left")
 allowed = dict(
     rows_together=at_least_1,
-    batch_size=range(2, 10**9),  # a variance takes two rows
-    val_tokens=range(-1, 10**7),
+    batch_size=pd.Interval(2, 1e9, closed="left"),  # a variance takes two rows
+    val_tokens=pd.Interval(-1, 1e7, closed="left"),
     d_hidden=at_least_1,
     dedicated=pd.Interval(0, 0.5, closed="both"),
     k=at_least_1,
@@ -265,7 +263,7 @@ class Store:
             assert len(sizes) == 1, f"activations of d_model {sizes}"
             self.d_model = sizes.pop()
             self.dtype = np.result_type(*self.views[0])
-            doc = pd.Series(np.arange(n) // 64)  # neighbours may be of one text
+            doc = pd.Series(np.arange(n) // 64)  # without docs: neighbours may be of one text
             if "doc" in self.columns.column_names:
                 doc = self.columns["doc"].to_pandas()
             n_held_out = config["val_tokens"]
@@ -275,11 +273,12 @@ class Store:
             is_held_out = doc.isin(sizes.index[sizes.cumsum() - sizes < n_held_out])
             self.train_rows = np.flatnonzero(~is_held_out)
             self.val_rows = np.flatnonzero(is_held_out)
-            left = len(self.train_rows)
-            assert left >= config["batch_size"], f"{left} of {n} rows are left to train on"
-            passes = config["steps"] * config["batch_size"] / left
-            if passes > 5:
-                print(f"{passes:.0f} passes over {left:,} rows: more rows would tell more")
+        left = len(self.train_rows)
+        if left < config["batch_size"]:
+            fail(f"{left} of {n} rows are left to train on: less than --batch_size")
+        passes = config["steps"] * config["batch_size"] / left
+        if passes > 5:
+            print(f"{passes:.0f} passes over {left:,} rows: more rows would tell more")
 
     @lru_cache(2)
     def shuffled(self, epoch):
@@ -292,7 +291,8 @@ class Store:
 
     def read(self, rows, check=True):
         """Returns raw activations [n, model, d_model] of sorted rows, in the store's float type.
-        Ends the program at a row with nan or inf. To look for it takes longer than to read.
+        Ends the program at a row with nan or inf. check=False does not look for them, because that
+        takes longer than to read.
         """
         raw = np.empty((self.n_models, len(rows), self.d_model), self.dtype)
         at = rows.searchsorted(self.starts)
@@ -352,12 +352,12 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
     Parameters: W_enc and W_dec [d_hidden, n_models, d_model], b_enc [d_hidden] and b_dec [n_models,
     d_model]. Buffers: scale [n_models] is sqrt(d_model) / mean norm of each model's activations.
     to_scaled [n_models, n_models] maps raw activations to scaled ones; in the basis "delta" it also
-    subtracts A from B. The basis "difference" leaves A out: its parameters and to_scaled have one
-    row less. mask [d_hidden, n_models, 1] is 0 for the model that a dedicated latent must
-    not use: first come those of A, then those of B. since_fired [d_hidden] counts the tokens since
-    each latent fired. threshold [] is a running mean of the lowest score (pre-activation * decoder
-    norm) that batchtopk keeps. In eval mode it keeps the scores >= threshold instead, so that a
-    token's code does not depend on its batch.
+    subtracts A from B. The basis "difference" leaves A out: W_enc, W_dec, b_dec, mask and the rows
+    of to_scaled are n_models - 1. mask [d_hidden, n_models, 1] is 0 for a model that a dedicated
+    latent must not use. The first latents are A's own, the next ones B's. since_fired [d_hidden]
+    counts the tokens since each latent fired. threshold [] is a running mean of the lowest score
+    (pre-activation * decoder norm) that batchtopk keeps. In eval mode it keeps the scores >=
+    threshold instead, so that a token's code does not depend on its batch.
     """
 
     def __init__(
@@ -394,8 +394,9 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
 
     @torch.no_grad()
     def start_at(self, raw):
-        """Fits the scales, biases and threshold of a new model to the first batch. Each process
-        uses the rows of all, so that the number of processes does not matter.
+        """Fits the scales and biases of a new model, in training mode, to the first batch, and its
+        threshold to 32 rows of it. Each process uses the rows of all, so that the number of
+        processes does not matter.
         """
         raw = gather(raw.to(self.scale))
         self.scale.copy_(1 / mean_size(raw))
@@ -412,15 +413,16 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         self.since_fired.zero_()
 
     def scaled(self, raw):
-        """Returns the scaled activations x, which the parameters work on. The product is in
-        float64: in float32, CUDA would round the activations to ten bits, and then subtract.
+        """Returns the scaled activations x, which the parameters work on. Both are [batch,
+        n_models, d_model], x with one model less in the basis "difference". The product is in
+        float64, because with TF32 CUDA would round A and B to ten bits before it takes B - A.
         """
         raw = raw.to(self.to_scaled.device).double()
         return (self.to_scaled.double() @ raw).to(self.to_scaled)
 
     def unscaled(self, x):
-        """Returns raw activations, as the inverse of `scaled`. In the basis "difference" those of A
-        are 0, and those of B are the difference.
+        """Returns raw activations, as the inverse of `scaled`. In the basis "difference", A is 0
+        and B is B - A.
         """
         n, n_models = self.to_scaled.shape
         to_raw = self.to_scaled[:, -n:].double().inverse()  # [n, n]
@@ -428,8 +430,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         return (to_raw @ x.double()).to(x)
 
     def in_models(self, W):
-        """Maps decoder vectors [n, n_models, d_model] to each model's raw activations, times that
-        model's scale, so that models can be compared.
+        """Returns decoder vectors W, such as W_dec, as directions in each model's raw activations
+        [d_hidden, n_models, d_model], times the model's scale, so that models can be compared.
         """
         return self.unscaled(W) * self.scale[:, None]
 
@@ -438,13 +440,14 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         return self.W_dec.norm(dim=-1).sum(1)
 
     def flat(self, W):
-        """Returns W as [d_hidden, n_models * d_model], masked, so that its gradient is, too."""
+        """Returns W * mask as [d_hidden, n_models * d_model]: what is masked gets no gradient."""
         return (W * self.mask if self.dedicated else W).flatten(1)
 
     def activate(self, pre, latent):
-        """Returns f for the pre-activations pre, [n] or in a dense code [batch, d_hidden]. For a
-        parameter p [d_hidden], p.index_select(0, latent) fits both. f and its gradient must be 0
-        where pre <= 0. Use an activation like JumpReLU with vanilla: the others choose by pre.
+        """Returns f. Change this for another activation. pre is [n] for a sparse code, [batch,
+        d_hidden] for a dense one, and `latent` are the latents of its columns. Take a parameter p
+        [d_hidden] as p.index_select(0, latent). f and its gradient must be 0 where pre <= 0. Use
+        thresholds, such as JumpReLU's, with vanilla: the others choose latents before this.
         """
         return F.relu(pre)
 
@@ -454,18 +457,22 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         return x_hat.unflatten(1, self.b_dec.shape)
 
     def encode(self, raw):
-        """Returns the latent activations f [batch, d_hidden]."""
+        """Returns the latent activations f [batch, d_hidden]. Updates the buffers in training mode,
+        as BatchNorm does.
+        """
         code, _ = self.sparse_encode(
             self.scaled(raw).flatten(1), self.flat(self.W_enc), self.decoder_norm()
         )
         return code.dense()
 
     def decode(self, f):
-        """Returns the raw reconstruction for f [batch, d_hidden], as `unscaled` does."""
+        """Returns the raw reconstruction [batch, n_models, d_model] for f [batch, d_hidden]. In the
+        basis "difference", A is 0 and B is B - A.
+        """
         return self.unscaled(self.reconstruct(f))
 
     def forward(self, raw):
-        """Returns the raw reconstruction. In the basis "difference", A is taken as it is."""
+        """Returns the raw reconstruction. In the basis "difference", A's is A itself."""
         raw_hat = self.decode(self.encode(raw))
         if self.basis == "difference":
             raw_hat = raw_hat + raw[:, :1].to(raw_hat)
@@ -542,10 +549,11 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
     def choose(self, x, W_enc, norm, margin=1):
         """Chooses the active latents by their scores, pre-activation * norm. Returns their
         pre-activations as a SparseCode, and the cut: scores >= cut are kept. In training, batchtopk
-        looks only at scores over 0.9 of its threshold. If they are too few, it looks at those over
-        a cut that, in a sample of rows, `margin` times as many as needed exceed.
+        first looks only at scores over 0.9 of its threshold. If they are too few, it calls itself
+        with twice the margin. The cut to look over is then estimated from about 32 rows: margin * k
+        scores a row exceed it.
         """
-        norm = norm.clamp(min=1e-30)  # so that a latent whose decoder is 0 can recover
+        norm = norm.clamp(min=1e-30)  # in vanilla, a latent whose decoder is 0 must recover
         is_searching = self.variant == "batchtopk" and self.training
         cut = self.threshold  # 0 in vanilla and topk
         if is_searching:
@@ -645,7 +653,8 @@ class EncodeAt(torch.autograd.Function):
 @torch.no_grad()
 def sums(model, losses):
     """Returns {name: tensor}, sums over rows that add up over batches and processes: of each number
-    in model.losses(raw), and of (x - x_hat)^2, x^2 and x for each explained variance.
+    in model.losses(raw), and of (x - x_hat)^2, x^2 and x for each explained variance. With more
+    than two models, the difference is that of the last and the first.
     """
     x = losses["x"].double()
     n = x.new_tensor(len(x))
@@ -761,7 +770,7 @@ def read_checkpoint(out):
 
 
 def write_rows(out, rows, mode="a"):
-    """Adds rows of metrics to the file metrics.jsonl in the folder `out`."""
+    """Adds rows of metrics to the file metrics.jsonl in the folder `out`. mode="w" begins it."""
     path = Path(out) / "metrics.jsonl"
     with explain(f"{path} cannot be written", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -780,7 +789,7 @@ def log(out, rows, step, row, prefix=""):
 
 
 def fetch(data, step, device):
-    """Returns a batch on the device. This is called in a thread, so that no step waits for it."""
+    """Returns a batch on the device. A thread calls it while the step before is computed."""
     raw = data.batch(step)
     if device.type == "cuda":
         raw = raw.pin_memory()
@@ -854,7 +863,8 @@ def train(config, state=None, data=None):
     tokens = state["tokens"]
     size = config["batch_size"]
     reader = ThreadPoolExecutor(1)
-    coming = reader.submit(fetch, data, tokens // size, device)  # its place, if size has changed
+    # a run that is resumed with another batch_size goes on at the batch of as many tokens
+    coming = reader.submit(fetch, data, tokens // size, device)
     logged_at = saved_at = time.perf_counter()
     logged_tokens = tokens
     for step in range(state["step"] + 1, steps + 1):
@@ -881,7 +891,7 @@ def train(config, state=None, data=None):
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         grad_norm = nn.utils.get_total_norm(grads.values())
         if not grad_norm.isfinite():
-            check_batch(data, (tokens - 1) // size)
+            check_batch(data, tokens // size - 1)
             names = [name for name, grad in grads.items() if not grad.isfinite().all()]
             fail(f"step {step}: gradient not finite, of {', '.join(names)}; --lr is {lr:.3g}")
         stop = reduce(grad_norm.new_tensor(len(stop_signals))) > 0
@@ -920,7 +930,8 @@ def train(config, state=None, data=None):
             if rank == 0:
                 again = f"--resume=True --out_dir={out}"
                 print(f"stopped at step {step}: continue by {again}", file=sys.stderr)
-            raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])  # or another process's
+            # another process may have got the signal
+            raise SystemExit(128 + (stop_signals or [signal.SIGTERM])[0])
 
     # report
     model.eval()
