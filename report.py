@@ -601,7 +601,9 @@ def as_texts(lines):
 
 
 def described(texts, active, examples):
-    """Returns a DataFrame by latent in active_rows: texts (HTML), source, opening and position."""
+    """Returns a DataFrame by latent in active_rows: texts (HTML), source, opening and position, and
+    strength, the mean over the 20 rows in which it is strongest.
+    """
     largest = active.groupby("latent").strength.max()
     lines = []
     for example in examples.itertuples():
@@ -616,11 +618,12 @@ def described(texts, active, examples):
         for latent, source in (share - usual).idxmax(axis=1).items():
             of_all = f"{share.loc[latent, source]:.0%} (of all {usual[source]:.0%})"
             shown.loc[latent, "source"] = f"{html.escape(source)} {of_all}"
-    pos = strongest.groupby("latent").pos
-    early = pos.agg(lambda pos: (pos <= 10).mean())
-    is_opening = (early >= 0.9) & (early > 2 * (texts.held_out.pos <= 10).mean())
+    strongest = strongest.assign(early=strongest.pos <= 10)
+    mean = strongest.groupby("latent")[["early", "strength"]].mean()
+    is_opening = (mean.early >= 0.9) & (mean.early > 2 * (texts.held_out.pos <= 10).mean())
     shown["opening"] = np.where(is_opening, "opening", "")
-    return shown.assign(position=pos.median())
+    shown["position"] = strongest.groupby("latent").pos.median()
+    return shown.assign(strength=mean.strength)
 
 
 def promoted_at(texts, row, base, change):
@@ -635,18 +638,9 @@ def promoted_at(texts, row, base, change):
     return base.logits(ids, raw)[-1].softmax(-1) - before
 
 
-def changes_of(active, d_change):
-    """Returns {latent: d_B - d_A [d_model], as large as it is on average in the 20 rows in which it
-    is strongest} for the latents of active_rows.
-    """
-    strongest = active.groupby("latent", sort=False).head(20)
-    strength = strongest.groupby("latent", sort=False).strength.mean()
-    return {latent: y * d_change[latent] for latent, y in strength.items()}
-
-
-def promoted_by(texts, active, base, changes):
+def promoted_by(texts, examples, base, changes):
     """Returns {latent: HTML}: the tokens that its change promotes most, where it is strongest."""
-    strongest = active.drop_duplicates("latent").set_index("latent")
+    strongest = examples.drop_duplicates("latent").set_index("latent")
     shown = {}
     for latent, change in tqdm(changes.items(), desc="promoted tokens", delay=1, leave=False):
         rise, token = promoted_at(texts, strongest.loc[latent], base, change).topk(5)
@@ -927,9 +921,10 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         train.write_atomically(out / "latents.jsonl", to_json)
         table = table.join(described(texts, active, examples))
     if "recovered" in curve:
-        is_changing = active.latent.isin(table.index[:20].union(alone[:40]))
-        changes = changes_of(active[is_changing], decoder_change(model)[0])
-        promoted = promoted_by(texts, active, models[0], changes)
+        d_change, _ = decoder_change(model)
+        strength = table.strength[table.index[:20].union(alone[:40])].dropna()
+        changes = {latent: y * d_change[latent] for latent, y in strength.items()}
+        promoted = promoted_by(texts, examples, models[0], changes)
         table["promoted"] = table.index.map(promoted).fillna("")
         if generate:
             constant = estimates["constant"]

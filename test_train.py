@@ -3462,9 +3462,11 @@ def test_each_row_of_the_list_has_the_tokens_that_its_change_promotes_where_it_i
     says = Says(lambda x: F.relu(x[:, 1] - x[:, 0]))  # a latent is never below 0
     says.b_enc = torch.zeros(16)
     active = report.active_rows(says, texts, [3, 5])
-    changes = report.changes_of(active, torch.eye(16))
-    assert set(changes) == {3, 5}
-    shown = report.promoted_by(texts, active, models[0], changes)
+    examples = report.examples_of(texts, active)
+    strength = report.described(texts, active, examples).strength
+    assert set(strength.index) == {3, 5}
+    changes = {j: y * torch.eye(16)[j] for j, y in strength.items()}
+    shown = report.promoted_by(texts, examples, models[0], changes)
     decode = texts.decode
     for j in (3, 5):
         of_rows = F.relu(b - a)[:, [j]] * torch.eye(16)[j]
