@@ -59,6 +59,7 @@ config = dict(
     device="auto",  # auto (cuda if there is one), cpu or cuda
 )
 allowed = dict(n_texts=train.at_least_1)
+progress = partial(tqdm, delay=1, leave=False)
 
 # --- Texts ----------------------------------------------------------------------------------------
 
@@ -244,8 +245,7 @@ class Hooked:
     def __init__(self, model, hook, divided_by):
         from nnsight import NNsight
 
-        self.language_model = model.requires_grad_(False)
-        self.model = NNsight(model)
+        self.model = NNsight(model.requires_grad_(False))
         self.hook = hook
         self.divided_by = divided_by
         self.skipped = []
@@ -308,7 +308,7 @@ def read_texts(texts, models, rows, n_texts):
     """Yields (source, ids [1, position], positions with rows [n], raw [position, model, d_model])
     of n_texts docs of those rows. Ends the program if the models do not give the store's rows.
     """
-    for doc in tqdm(texts.evenly(rows, n_texts), desc="texts", delay=1, leave=False):
+    for doc in progress(texts.evenly(rows, n_texts), "texts"):
         of_doc = texts.rows[texts.rows.doc == doc]
         stored = texts.store.read(of_doc.index.to_numpy()).float()
         ids = torch.tensor([texts.doc(doc)], device=models[0].model.device)
@@ -642,7 +642,7 @@ def promoted_by(texts, examples, base, changes):
     """Returns {latent: HTML}: the tokens that its change promotes most, where it is strongest."""
     strongest = examples.drop_duplicates("latent").set_index("latent")
     shown = {}
-    for latent, change in tqdm(changes.items(), desc="promoted tokens", delay=1, leave=False):
+    for latent, change in progress(changes.items(), "promoted tokens"):
         rise, token = promoted_at(texts, strongest.loc[latent], base, change).topk(5)
         lines = [f"{texts.decode([t])[:20]!r} {y:+.2g}" for t, y in zip(token.tolist(), rise)]
         shown[latent] = "<br>".join(map(html.escape, lines))
@@ -662,11 +662,10 @@ def write(hooked, ids, change, n_tokens=40):
         patched = (hooked.divided_by * (raw + change.of(raw))).to(hidden(output))
         return patched if isinstance(output, torch.Tensor) else (patched,) + output[1:]
 
-    model = hooked.language_model
     options = dict(attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1)
     options |= dict(max_new_tokens=n_tokens, min_new_tokens=n_tokens, pad_token_id=0)
-    with model.get_submodule(hooked.hook).register_forward_hook(add):
-        return model.generate(ids, **options)[:, ids.shape[1] :]
+    with hooked.model.get_submodule(hooked.hook).register_forward_hook(add):
+        return hooked.model.generate(ids, **options)[:, ids.shape[1] :]
 
 
 def write_all(texts, models, changes):
@@ -676,12 +675,12 @@ def write_all(texts, models, changes):
     docs = [texts.doc(doc) for doc in texts.evenly(texts.store.val_rows, 100)]
     n = min(12, max(map(len, docs)))
     prompts = [ids[:n] for ids in docs if len(ids) >= n][:3]
-    ids = torch.tensor(prompts, device=models[0].language_model.device)
+    ids = torch.tensor(prompts, device=models[0].model.device)
     nothing = Estimate("a", [], torch.zeros(0, 1).to(ids.device), 0)
-    steered = dict(base=(models[0], nothing), finetuned=(models[1], nothing))
-    steered |= {name: (models[0], change) for name, change in changes.items()}
+    changes = dict(base=nothing, finetuned=nothing) | changes
     written = dict(prompt=map(texts.decode, prompts))
-    for name, (hooked, change) in tqdm(steered.items(), desc="generate", delay=1, leave=False):
+    for name, change in progress(changes.items(), "generate"):
+        hooked = models[name == "finetuned"]
         written[name] = map(texts.decode, write(hooked, ids, change).tolist())
     return pd.DataFrame(written).replace("\n", "↵", regex=True).set_index("prompt")
 
