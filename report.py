@@ -705,7 +705,7 @@ def add_splicing(by_source, found, figures):
             by_source[title] = curves[figure, name]
 
 
-def verdict(d_hidden, table, row, by_source, found, curve, spread):
+def verdict(d_hidden, table, row, by_source, found, curve, spread, shares):
     """Returns sentences: how large the change is, latents by kind, and what explains the change."""
     change = row["relative_difference"]
     said = ["The models do not differ here"]
@@ -731,20 +731,15 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
         said.append(f"{n:,} are openings: nearly always strongest in a text's first ten tokens")
     if len(curve):
         kl = curve.kl
-        n_texts = found.text.nunique()
-        of = f"{n_texts} texts, {found.n_kl[found.name == 'clean_A'].sum():,} tokens"
+        of = f"{found.text.nunique()} texts, {found.n_kl[found.name == 'clean_A'].sum():,} tokens"
         start = f"KL(B || A) is {kl.clean_A:.2g} ± {spread.kl.clean_A:.1g} nats a token ({of})"
-        if "recovered" in curve:
+        if shares:
             part = 1 - kl.all_of_B / kl.clean_A
-            share = {}
-            for name, y in curve.recovered.items():
-                share[name] = f"{y:.0%} ± {spread.recovered[name]:.0%}"
             said.append(f"{start}. B's activations, put into A here, take away {part:.0%} of it")
-            line = f"Of that part, the constant recovers {share['constant']}, one direction "
-            line += f"{share['rank_1']}, an affine map of A {share['map']}; the constant and 20 "
-            line += f"latents {share['chosen_20']} (refitted {share['refitted_20']}), "
-            line += f"100 latents {share['chosen_100']}, all {share['chosen_all']}"
-            said.append(line)
+            line = "Of that part, the constant recovers {constant}, one direction {rank_1}, an "
+            line += "affine map of A {map}; the constant and 20 latents {chosen_20} (refitted "
+            line += "{refitted_20}), 100 latents {chosen_100}, all {chosen_all}"
+            said.append(line.format(**shares))
             if curve.recovered["map"] > curve.recovered.chosen_20:
                 said.append("The map needs nothing of B, and recovers more than the 20 latents")
         else:
@@ -761,13 +756,12 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread):
     return said
 
 
-def bars(curve, spread):
+def bars(curve, shares):
     """Returns HTML of what it takes to explain the change, as bars."""
     lines = ""
     for name, meaning in EXPLAINED.items():
-        share = curve.recovered[name]
-        figure = f"{share:.0%} ± {spread.recovered[name]:.0%}"
-        lines += f'<tr><td>{meaning}<td><meter value="{share:.2f}"></meter> {figure}'
+        bar = f'<meter value="{curve.recovered[name]:.2f}"></meter>'
+        lines += f"<tr><td>{meaning}<td>{bar} {shares[name]}"
     return f"<table>{lines}</table><p>* needs B's activation. ± is the standard error over texts."
 
 
@@ -882,6 +876,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
 
     # what carries the change
     found = curve = spread = pd.DataFrame()
+    shares = {}  # of the change, that patches recover: none if it is too small
     if splice or generate:
         models = load_models(texts, frequency.device)
         row["ranking_texts"] = len(texts.evenly(data.train_rows, -(-n_texts // 2)))
@@ -894,6 +889,9 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         if row["relative_difference"] <= row["noise"]:
             curve = curve[["l0", "ce", "kl"]]
         spread = spread_of(found)
+        if "recovered" in curve:
+            for name, y in curve.recovered.items():
+                shares[name] = f"{y:.0%} ± {spread.recovered[name]:.0%}"
         for m in "AB"[model.basis == "difference" :]:  # in that basis A is passed on as it is
             clean, spliced, zero = curve.ce[[f"clean_{m}", f"spliced_{m}", f"zero_{m}"]]
             row[f"loss_recovered_{m}"] = (zero - spliced) / (zero - clean)
@@ -902,8 +900,8 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         train.write_rows(out, [dict(step=config["steps"]) | of_curve])
         add_splicing(by_source, found, curve)
         below["All patches"] = to_html(curve.join(spread.add_suffix(" ±")))
-    if "recovered" in curve:
-        above["What it takes to recover that"] = bars(curve, spread)
+    if shares:
+        above["What it takes to recover that"] = bars(curve, shares)
     above["By source"] = to_html(by_source)
     train.write_atomically(out / "latents.csv", table.rename_axis("latent").to_csv)
 
@@ -919,7 +917,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         to_json = partial(examples.to_json, orient="records", lines=True)
         train.write_atomically(out / "latents.jsonl", to_json)
         table = table.join(described(texts, active, examples))
-    if "recovered" in curve:
+    if shares:
         d_change, _ = decoder_change(model)
         strength = table.strength[table.index[:20].union(alone[:40])].dropna()
         changes = {latent: y * d_change[latent] for latent, y in strength.items()}
@@ -940,7 +938,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
                 lines = as_texts([to_html(written[[latent]], header=False, index_names=False)])
                 writes[latent] = folded({"writes": lines}, f'title="{hover}"')
             table["writes"] = table.index.map(writes).fillna("")
-    said = verdict(len(frequency), table, row, by_source, found, curve, spread)
+    said = verdict(len(frequency), table, row, by_source, found, curve, spread, shares)
 
     # the page
     run = pd.json_normalize(config | dict(store=texts.meta, val=row), sep="/").iloc[0]
