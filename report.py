@@ -210,9 +210,8 @@ def latents_of(model, data, frequency, dead_after, n_rows):
         return table
     table = table.join(latent_scaling(model, data.held_out))
     least = min(20 / n_rows, 0.01)
-    is_confirmed = table.eval(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
-    own = np.where(table.relative_norm > 0.5, "fine-tuned", "base")
-    table["confirmed"] = np.where(is_confirmed, own, "")
+    sure = table.query(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
+    table.loc[sure.index, "confirmed"] = np.where(sure.relative_norm > 0.5, "fine-tuned", "base")
     return table
 
 
@@ -226,9 +225,9 @@ def toy_score(toy, model, table):
     cosine = einsum(d, planted, "latent model d, feature model d -> latent feature model")
     near = ((cosine > 0.9) | ~planted.any(2)).all(2).numpy()  # [latent, feature]
     recovers = near & (table.kind.to_numpy()[:, None] == toy.kind)
-    confirms = near & (table.confirmed != "").to_numpy()[:, None]
-    features = dict(kind=toy.kind, planted=1, recovered=recovers.any(0), confirmed=confirms.any(0))
-    score = pd.DataFrame(features).groupby("kind", sort=False).sum()
+    features = pd.DataFrame(dict(kind=toy.kind, planted=1, recovered=recovers.any(0)))
+    features["confirmed"] = near[table.confirmed != ""].any(0)
+    score = features.groupby("kind", sort=False).sum()
     score["latents"] = table.kind.value_counts()
     score["false"] = table.kind[~recovers.any(1)].value_counts()
     return score.fillna(0).astype(int)
@@ -819,9 +818,18 @@ def page_of(said, meta, above, latents, svg, below):
     """Returns the page, a file that fetches nothing: the verdict, tables {title: HTML}, the list of
     latents, the pictures, and more tables.
     """
-    options = dict(connected=False, maxBytes=0, allow_html=True, table_id="latents", order=[])
-    options |= dict(showIndex=False, pageLength=25, classes="compact", style="width: 100%")
-    options |= dict(text_in_header_can_be_selected=False)
+    options = dict(
+        allow_html=True,
+        classes="compact",
+        connected=False,
+        maxBytes=0,
+        order=[],
+        pageLength=25,
+        showIndex=False,
+        style="width: 100%",
+        table_id="latents",
+        text_in_header_can_be_selected=False,
+    )
     columns = {name: html.escape(y) for name, y in COLUMNS.items()}
     heads = {}
     for name in latents:
@@ -919,18 +927,19 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         table = table.join(described(texts, active, examples))
     if shares:
         d_change, _ = decoder_change(model)
-        strength = table.strength[table.index[:20].union(alone[:40])].dropna()
+        changing = table.index[:20].union(alone[:40], sort=False)
+        strength = table.strength[changing].dropna()
         changes = {latent: y * d_change[latent] for latent, y in strength.items()}
         promoted = promoted_by(texts, examples, models[0], changes)
         table["promoted"] = table.index.map(promoted).fillna("")
         if generate:
             constant = estimates["constant"]
             steered = {name: estimates[name] for name in ("constant", "rank_1", "map")}
-            listed = table.index[:10].intersection(list(changes))
+            listed = list(changes)[:10]
             steered |= {latent: constant._replace(bias=changes[latent]) for latent in listed}
             written = write_all(texts, models, steered)
-            of_models = written.drop(columns=listed)
-            above["What the models write after three beginnings (greedily)"] = to_html(of_models.T)
+            of_models = written.drop(columns=listed).T
+            above["What the models write after three beginnings (greedily)"] = to_html(of_models)
             writes = {}
             for latent in listed:
                 of_size = changes[latent].norm() / size
@@ -946,7 +955,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     below["The run"] = to_html(run.to_frame(""))
     svg = pictures(table, rows, curve, out / "report.svg")
     latents = table.loc[first].rename_axis("latent").reset_index()
-    latents = latents[[name for name in COLUMNS if name in latents]].dropna(axis=1, how="all")
+    latents = latents.reindex(columns=list(COLUMNS)).dropna(axis=1, how="all")
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.3g}".format):
         page = page_of(said, texts.meta, above, latents, svg, below)
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))
