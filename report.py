@@ -658,8 +658,7 @@ def write(hooked, ids, change, n_tokens=40):
 
     def add(module, inputs, output):
         raw = hidden(output).float() / hooked.divided_by
-        patched = (hooked.divided_by * (raw + change.of(raw))).to(hidden(output))
-        return patched if isinstance(output, torch.Tensor) else (patched,) + output[1:]
+        hidden(output).add_(hooked.divided_by * change.of(raw))
 
     options = dict(attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1)
     options |= dict(max_new_tokens=n_tokens, min_new_tokens=n_tokens, pad_token_id=0)
