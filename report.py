@@ -81,8 +81,7 @@ class Texts:
             self.meta = json.loads((path / "meta.json").read_text())
             docs = load_from_disk(path / "docs")
             rows = data.columns.to_pandas()
-            source = pd.Categorical(docs["source"])
-            rows["source"] = source[rows.doc]
+            rows["source"] = pd.Categorical(docs["source"])[rows.doc]
             self.rows = rows
             self.ids = docs.data.column("input_ids").combine_chunks()
             place = self.ids.offsets.to_numpy()[rows.doc] + rows.pos  # among the tokens of all docs
@@ -694,7 +693,7 @@ def add_splicing(by_source, found, figures):
     """Adds columns of splicing to the DataFrame by_source: those of `figures`, of curve_of."""
     sources = found.groupby("source", observed=True)
     by_source["texts"] = sources.text.nunique()
-    curves = pd.concat({source: curve_of(of_source) for source, of_source in sources}).unstack()
+    curves = sources.apply(curve_of).unstack()
     shown = {"CE of A": ("ce", "clean_A"), "CE of B": ("ce", "clean_B"), "KL": ("kl", "clean_A")}
     for name in ("constant", "chosen_20", "chosen_all"):
         shown[f"{name} recovers"] = ("recovered", name)
@@ -767,20 +766,21 @@ def pictures(table, rows, curve, path):
     """Draws latents, training and splicing into an SVG file. Returns it as HTML."""
     names = ["loss", "explained_variance", "explained_variance_difference", "dead_latents"]
     training = pd.DataFrame(rows, columns=["step", *names], dtype=float).dropna(subset="loss")
+    log10_frequency = np.log10(table.frequency.where(table.frequency > 0))
     shown = {  # column, and its smallest and largest number
-        "relative norm (0: base, 1: fine-tuned)": (table.relative_norm, 0, 1),
-        "cosine": (table.cosine, -1, 1),
-        "log10 of frequency": (np.log10(table.frequency.where(table.frequency > 0)), -6, 0),
+        "relative norm (0: base, 1: fine-tuned)": (table.relative_norm, (0, 1)),
+        "cosine": (table.cosine, (-1, 1)),
+        "log10 of frequency": (log10_frequency, (-6, 0)),
     }
     style = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 8, "legend.frameon": False}
     with rc_context(style):
         figure = Figure(figsize=(11, 4.8), layout="constrained")
         above, below = figure.subplots(2, 4)
         training.plot("step", subplots=True, ax=below, marker=".", legend=False, title=names)
-        for axes, (label, (column, *ends)) in zip(above, shown.items()):
+        for axes, (label, (column, ends)) in zip(above, shown.items()):
             axes.set_visible(column.notna().any())  # the basis difference has no cosine
             for kind, of_kind in column.groupby(table.kind):
-                axes.hist(of_kind.dropna(), bins=np.linspace(*ends, 51), label=kind)
+                axes.hist(of_kind, bins=50, range=ends, label=kind)
             axes.set(yscale="symlog", ylabel="latents", xlabel=label)
         if len(table):
             above[0].legend(loc="upper left", fontsize=6)
@@ -854,14 +854,16 @@ transformer-circuits.pub/2024/crosscoders.</p></details>"""
 
 def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     """Writes the files that are named above into config["out_dir"]. `config` and `rows` of metrics
-    are the run's. Splicing patches n_texts texts. Returns the page, or "" if there is none.
+    are the run's. Splicing patches n_texts texts; to generate takes it. Returns the page, or "" if
+    there is none.
     """
     if data.n_models != 2 or not config["val_tokens"]:
         print("no report: it compares two models, on rows that are held out (val_tokens)")
         return ""
     torch.set_float32_matmul_precision("highest")  # fits of B - A do not go with TF32
     texts = Texts(data)
-    if (splice or generate) and not texts.has_docs:
+    splice = splice or generate
+    if splice and not texts.has_docs:
         fail("--splice=True takes a store that collect.py wrote")
     out = Path(config["out_dir"])
 
@@ -884,7 +886,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     # what carries the change
     found = curve = spread = pd.DataFrame()
     shares = {}  # of the change, that patches recover: none if it is too small
-    if splice or generate:
+    if splice:
         models = load_models(texts, frequency.device)
         row["ranking_texts"] = len(texts.evenly(data.train_rows, -(-n_texts // 2)))
         effect = attribution(model, texts, models, row["ranking_texts"])
@@ -949,9 +951,9 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     said = verdict(len(frequency), table, row, by_source, found, curve, spread, shares)
 
     # the page
-    run = pd.json_normalize(config | dict(store=texts.meta, val=row), sep="/").iloc[0]
+    run = pd.json_normalize(config | dict(store=texts.meta, val=row), sep="/").T
     run = run.drop(["resume", "trust_remote_code"], errors="ignore")
-    below["The run"] = to_html(run.to_frame(""))
+    below["The run"] = to_html(run, header=False)
     svg = pictures(table, rows, curve, out / "report.svg")
     latents = table.loc[first].rename_axis("latent").reset_index()
     latents = latents.reindex(columns=list(COLUMNS)).dropna(axis=1, how="all")
@@ -989,10 +991,11 @@ def texts_of(run, latent, n=5):
 
 def main(argv):
     options = train.checked(train.read_command_line(argv, __file__), config, allowed)
-    if not options["run"]:
+    run = options.pop("run")
+    device = options.pop("device")
+    if not run:
         fail("--run is missing: give the folder of a run, such as --run=out/RUN")
-    given = open_run(options["run"], options["device"])
-    return report(*given, options["splice"], options["generate"], options["n_texts"])
+    return report(*open_run(run, device), **options)
 
 
 if __name__ == "__main__":
