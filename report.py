@@ -616,12 +616,13 @@ def described(texts, active, examples):
         for latent, source in (share - usual).idxmax(axis=1).items():
             of_all = f"{share.loc[latent, source]:.0%} (of all {usual[source]:.0%})"
             shown.loc[latent, "source"] = f"{html.escape(source)} {of_all}"
-    strongest = strongest.assign(early=strongest.pos <= 10)
-    mean = strongest.groupby("latent")[["early", "strength"]].mean()
-    is_opening = (mean.early >= 0.9) & (mean.early > 2 * (texts.held_out.pos <= 10).mean())
+    of_latent = strongest.groupby("latent")
+    shown["position"] = of_latent.pos.median()
+    shown["strength"] = of_latent.strength.mean()
+    early = (strongest.pos <= 10).groupby(strongest.latent).mean()
+    is_opening = (early >= 0.9) & (early > 2 * (texts.held_out.pos <= 10).mean())
     shown["opening"] = np.where(is_opening, "opening", "")
-    shown["position"] = strongest.groupby("latent").pos.median()
-    return shown.assign(strength=mean.strength)
+    return shown
 
 
 def promoted_at(texts, row, base, change):
