@@ -66,11 +66,10 @@ progress = partial(tqdm, delay=1, leave=False)
 
 class Texts:
     """The texts of a store that collect.py wrote: meta, its meta.json, and rows, a DataFrame of the
-    doc, pos, token and source of each row. has_docs is False for other data, which has no texts.
+    doc, pos, token and source of each row. Other data has no texts, and meta is empty.
     """
 
     meta = {}
-    has_docs = False
 
     def __init__(self, data):
         self.store = data
@@ -87,7 +86,6 @@ class Texts:
             place = self.ids.offsets.to_numpy()[rows.doc] + rows.pos  # among the tokens of all docs
             np.testing.assert_array_equal(self.ids.values.to_numpy()[place], rows.token)
             assert place.is_unique, "a token of docs has two rows"
-            self.has_docs = True
 
     def doc(self, i):
         """Returns the token ids of a doc, as a list."""
@@ -103,7 +101,7 @@ class Texts:
             a, b = raw.double().unbind(1)
             parts.append(torch.stack([b - a, a], dim=1).norm(dim=2))
         norms = pd.DataFrame(torch.cat(parts).numpy(), columns=["change", "base"])
-        if not self.has_docs:
+        if not self.meta:
             return norms.assign(source="all")
         return self.rows.iloc[self.store.val_rows].reset_index(drop=True).join(norms)
 
@@ -864,7 +862,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     torch.set_float32_matmul_precision("highest")  # fits of B - A do not go with TF32
     texts = Texts(data)
     splice = splice or generate
-    if splice and not texts.has_docs:
+    if splice and not texts.meta:
         fail("--splice=True takes a store that collect.py wrote")
     out = Path(config["out_dir"])
 
@@ -918,7 +916,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     # the texts of the first 5,000 latents, and of all that one model has alone
     alone = table.index[table.kind.str.endswith("only") | (table.confirmed != "")]
     first = table.index[:5000].union(alone, sort=False)
-    if texts.has_docs:
+    if texts.meta:
         names = ["up to 3", "4 to 10", "11 to 20", "21 to 50", "later"]
         position = pd.cut(texts.held_out.pos, [-1, 3, 10, 20, 50, 10**9], labels=names)
         above["By position in the text"] = to_html(by_group(texts.held_out, position))
