@@ -792,7 +792,7 @@ def pictures(table, rows, curve, path):
                 above[3].axhline(curve.recovered[name], label=name, color="grey", linestyle=line)
             above[3].set(xscale="log", ylim=(0, 1), xlabel="active a token (* needs B)")
             above[3].set_title("KL recovered")
-            figure.legend(loc="outside lower right", ncols=6)
+            figure.legend(handles=above[3].lines, loc="outside lower right", ncols=7)
         save = partial(figure.savefig, format="svg", transparent=True, metadata=dict(Date=None))
         train.write_atomically(path, save)
     return path.read_text(encoding="utf-8").replace("#000000", "currentColor")
