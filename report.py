@@ -44,7 +44,6 @@ import torch.nn.functional as F
 from accelerate.utils import tqdm
 from datasets import load_from_disk
 from einops import einsum
-from itables import to_html_datatable
 from itables.javascript import generate_init_offline_itables_html
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -406,8 +405,7 @@ def estimates_of(crosscoder, store, order):
     parts = [crosscoder.encode(part)[:, order[:100]] for part in raw.split(1024)]
     f = torch.cat(parts)
     for n in (20, 100):
-        W, bias = ridge(f[:, :n], change, 1e-6)
-        estimates[f"refitted_{n}"] = Estimate("f", order[:n], W, bias)
+        estimates[f"refitted_{n}"] = Estimate("f", order[:n], *ridge(f[:, :n], change, 1e-6))
     return estimates
 
 
@@ -704,8 +702,9 @@ def add_splicing(by_source, found, figures):
 def verdict(d_hidden, table, row, by_source, found, curve, spread, shares):
     """Returns sentences: how large the change is, latents by kind, and what explains the change."""
     change = row["relative_difference"]
+    differs = change > row["noise"]
     said = ["The models do not differ here"]
-    if change > row["noise"]:
+    if differs:
         said = [f"B - A, what fine-tuning changed here, is {change:.2g} of A in size"]
         if len(by_source) > 1:
             of_sources = by_source["||B - A|| / ||A||"].map("{:.2g}".format)
@@ -740,12 +739,12 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread, shares):
                 said.append("The map needs nothing of B, and recovers more than the 20 latents")
         else:
             why = "B's activations, put into A here, change it by less than 0.01"
-            if change <= row["noise"]:
+            if not differs:
                 why = "B - A is not above the noise"
             said.append(f"{start}. No shares are given: {why}")
         if row["ranking_texts"] < 8:
             said.append("Latents are ranked by fewer than 8 texts: their order is uncertain")
-    if change <= row["noise"]:
+    if not differs:
         said.append("There is nothing to rank latents by: their figures show the noise of training")
     if by_source.rows.sum() < 2000:
         said.append(f"Only {by_source.rows.sum():,} rows are held out: rare latents are uncertain")
@@ -829,10 +828,11 @@ def page_of(said, meta, above, latents, svg, below):
         text_in_header_can_be_selected=False,
     )
     columns = {name: html.escape(y) for name, y in COLUMNS.items()}
-    heads = {}
-    for name in latents:
-        heads[name] = f'<span title="{columns[name]}">{name.replace("_", "<wbr>_")}</span>'
-    every = to_html_datatable(latents.rename(columns=heads), **options)
+
+    def explained(name):
+        return f'<span title="{columns[name]}">{name.replace("_", "<wbr>_")}</span>'
+
+    every = itables.to_html_datatable(latents.rename(columns=explained), **options)
     glossary = "".join(f"<dt>{name}</dt><dd>{y}</dd>" for name, y in columns.items())
     said = [html.escape(line) for line in said]
     lines = "".join(f"<p>{line}.</p>" for line in said[1:])
@@ -900,6 +900,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         if "recovered" in curve:
             for name, y in curve.recovered.items():
                 shares[name] = f"{y:.0%} ± {spread.recovered[name]:.0%}"
+            above["What it takes to recover that"] = bars(curve, shares)
         for m in "AB"[model.basis == "difference" :]:  # in that basis A is passed on as it is
             clean, spliced, zero = curve.ce[[f"clean_{m}", f"spliced_{m}", f"zero_{m}"]]
             row[f"loss_recovered_{m}"] = (zero - spliced) / (zero - clean)
@@ -908,8 +909,6 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         train.write_rows(out, [dict(step=config["steps"]) | of_curve])
         add_splicing(by_source, found, curve)
         below["All patches"] = to_html(curve.join(spread.add_suffix(" ±")))
-    if shares:
-        above["What it takes to recover that"] = bars(curve, shares)
     above["By source"] = to_html(by_source)
     train.write_atomically(out / "latents.csv", table.rename_axis("latent").to_csv)
 
