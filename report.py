@@ -167,7 +167,8 @@ def compare(model, frequency, dead_after=torch.inf):
         cosine=torch.cosine_similarity(a, b),
         kind=np.take(kinds, bins),
     )
-    return pd.DataFrame(columns)[(model.since_fired <= dead_after).cpu().numpy()]
+    table = pd.DataFrame(columns).rename_axis("latent")
+    return table[(model.since_fired <= dead_after).cpu().numpy()]
 
 
 @torch.no_grad()
@@ -782,16 +783,17 @@ def pictures(table, rows, curve, path):
             axes.set(yscale="symlog", ylabel="latents", xlabel=label)
         if len(table):
             above[0].legend(loc="upper left", fontsize=6)
-        above[3].set_visible("recovered" in curve)
+        axes = above[3]
+        axes.set_visible("recovered" in curve)
         if "recovered" in curve:
             for name in ("chosen", "refitted", "random", "directions"):
                 line = curve.filter(like=name, axis=0)
-                above[3].plot(line.l0, line.recovered, marker="o", label=f"{name} *")
+                axes.plot(line.l0, line.recovered, marker="o", label=f"{name} *")
             for name, line in {"constant": ":", "rank_1": "-.", "map": "--"}.items():
-                above[3].axhline(curve.recovered[name], label=name, color="grey", linestyle=line)
-            above[3].set(xscale="log", ylim=(0, 1), xlabel="active a token (* needs B)")
-            above[3].set_title("KL recovered")
-            figure.legend(handles=above[3].lines, loc="outside lower right", ncols=7)
+                axes.axhline(curve.recovered[name], label=name, color="grey", linestyle=line)
+            axes.set(xscale="log", ylim=(0, 1), xlabel="active a token (* needs B)")
+            axes.set_title("KL recovered")
+            figure.legend(handles=axes.lines, loc="outside lower right", ncols=7)
         save = partial(figure.savefig, format="svg", transparent=True, metadata=dict(Date=None))
         train.write_atomically(path, save)
     return path.read_text(encoding="utf-8").replace("#000000", "currentColor")
@@ -910,7 +912,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         add_splicing(by_source, found, curve)
         below["All patches"] = to_html(curve.join(spread.add_suffix(" ±")))
     above["By source"] = to_html(by_source)
-    train.write_atomically(out / "latents.csv", table.rename_axis("latent").to_csv)
+    train.write_atomically(out / "latents.csv", table.to_csv)
 
     # the texts of the first 5,000 latents, and of all that one model has alone
     alone = table.index[table.kind.str.endswith("only") | (table.confirmed != "")]
@@ -953,7 +955,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     run = run.drop(["resume", "trust_remote_code"], errors="ignore")
     below["The run"] = to_html(run, header=False)
     svg = pictures(table, rows, curve, out / "report.svg")
-    latents = table.loc[first].rename_axis("latent").reset_index()
+    latents = table.loc[first].reset_index()
     latents = latents.reindex(columns=list(COLUMNS)).dropna(axis=1, how="all")
     with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.3g}".format):
         page = page_of(said, texts.meta, above, latents, svg, below)
