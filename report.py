@@ -129,7 +129,7 @@ class Texts:
     def evenly(self, rows, n_texts):
         """Returns n_texts docs of these rows, as many of each source as there are."""
         docs = self.rows.iloc[rows].drop_duplicates("doc")
-        turn = docs.groupby("source", observed=True).cumcount()
+        turn = docs.groupby("source").cumcount()
         return docs.doc.iloc[turn.argsort(kind="stable")[:n_texts]].tolist()
 
 
@@ -682,14 +682,14 @@ def write_all(texts, models, changes):
 
 def by_group(rows, group):
     """Returns the number of rows, and ||B - A|| / ||A||, of each group, as a DataFrame."""
-    groups = rows.groupby(group, observed=True)
+    groups = rows.groupby(group)
     mean = groups[["change", "base"]].mean()
     return pd.DataFrame({"rows": groups.size(), "||B - A|| / ||A||": mean.change / mean.base})
 
 
 def add_splicing(by_source, found, figures):
     """Adds columns of splicing to the DataFrame by_source: those of `figures`, of curve_of."""
-    sources = found.groupby("source", observed=True)
+    sources = found.groupby("source")
     by_source["texts"] = sources.text.nunique()
     curves = sources.apply(curve_of).unstack()
     shown = {"CE of A": ("ce", "clean_A"), "CE of B": ("ce", "clean_B"), "KL": ("kl", "clean_A")}
