@@ -957,7 +957,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     svg = pictures(table, rows, curve, out / "report.svg")
     latents = table.loc[first].reset_index()
     latents = latents.reindex(columns=list(COLUMNS)).dropna(axis=1, how="all")
-    with pd.option_context("display.max_colwidth", None, "display.float_format", "{:.3g}".format):
+    with pd.option_context("display.float_format", "{:.3g}".format):
         page = page_of(said, texts.meta, above, latents, svg, below)
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))
     print("\n".join(said), f"\nreport: {out / 'report.html'}")
