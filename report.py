@@ -645,7 +645,6 @@ def promoted_by(texts, examples, base, changes):
     return shown
 
 
-@torch.no_grad()
 def write(hooked, ids, change, n_tokens=40):
     """Returns what a Hooked model writes after the prompts ids [prompt, position], greedily, if
     `change`, an Estimate from its activations, is added at every position of its hook: token ids
@@ -817,18 +816,9 @@ def page_of(said, meta, above, latents, svg, below):
     """Returns the page, a file that fetches nothing: the verdict, tables {title: HTML}, the list of
     latents, the pictures, and more tables.
     """
-    options = dict(
-        allow_html=True,
-        classes="compact",
-        connected=False,
-        maxBytes=0,
-        order=[],
-        pageLength=25,
-        showIndex=False,
-        style="width: 100%",
-        table_id="latents",
-        text_in_header_can_be_selected=False,
-    )
+    options = dict(connected=False, maxBytes=0, allow_html=True, table_id="latents", order=[])
+    options |= dict(showIndex=False, pageLength=25, classes="compact", style="width: 100%")
+    options |= dict(text_in_header_can_be_selected=False)
     columns = {name: html.escape(y) for name, y in COLUMNS.items()}
 
     def explained(name):
