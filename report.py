@@ -364,9 +364,9 @@ class Estimate(NamedTuple):
     """
 
     features: str
-    columns: object
     W: torch.Tensor
     bias: torch.Tensor
+    columns: object = slice(None)  # all
 
     def of(self, y):
         """Returns the estimate [..., d_model] for the features y [..., n]."""
@@ -386,27 +386,26 @@ def estimates_of(crosscoder, store, order):
     raw = store.read(np.sort(store.shuffled(0)[:50_000])).to(crosscoder.scale)
     a, b = raw.unbind(1)
     change = b - a
-    every = slice(None)
     estimates = {}
     V = torch.linalg.eigh(change.T @ change).eigenvectors.flip(1)
     for n in (1, 5, 20, 100):
-        estimates[f"directions_{n}"] = Estimate("b-a", every, V[:, :n] @ V[:, :n].T, 0)
+        estimates[f"directions_{n}"] = Estimate("b-a", V[:, :n] @ V[:, :n].T, 0)
     W, bias = ridge(a, change, 0.01)
     of_map = (a - a.mean(0)) @ W
     written = torch.linalg.eigh(of_map.T @ of_map).eigenvectors[:, -1]
     W_1 = W @ written.outer(written)
-    estimates["rank_1"] = Estimate("a", every, W_1, change.mean(0) - a.mean(0) @ W_1)
-    estimates["map"] = Estimate("a", every, W, bias)
+    estimates["rank_1"] = Estimate("a", W_1, change.mean(0) - a.mean(0) @ W_1)
+    estimates["map"] = Estimate("a", W, bias)
     d_change, constant = decoder_change(crosscoder)
     random = np.random.default_rng(0).permutation(order)
     sets = dict(constant=order[:0], random_20=random[:20], random_100=random[:100])
     sets |= {f"chosen_{n}": order[:n] for n in (1, 5, 20, 100)} | dict(chosen_all=order)
     for name, latents in sets.items():
-        estimates[name] = Estimate("f", latents, d_change[latents], constant)
+        estimates[name] = Estimate("f", d_change[latents], constant, latents)
     parts = [crosscoder.encode(part)[:, order[:100]] for part in raw.split(1024)]
     f = torch.cat(parts)
     for n in (20, 100):
-        estimates[f"refitted_{n}"] = Estimate("f", order[:n], *ridge(f[:, :n], change, 1e-6))
+        estimates[f"refitted_{n}"] = Estimate("f", *ridge(f[:, :n], change, 1e-6), order[:n])
     return estimates
 
 
@@ -670,7 +669,7 @@ def write_all(texts, models, changes):
     n = min(12, max(map(len, docs)))
     prompts = [ids[:n] for ids in docs if len(ids) >= n][:3]
     ids = torch.tensor(prompts, device=models[0].model.device)
-    nothing = Estimate("a", [], torch.zeros(0, 1).to(ids.device), 0)
+    nothing = Estimate("a", torch.zeros(0, 1).to(ids.device), 0, [])
     changes = dict(base=nothing, finetuned=nothing) | changes
     written = dict(prompt=map(texts.decode, prompts))
     for name, change in progress(changes.items(), "generate"):

@@ -2701,10 +2701,10 @@ def test_what_is_put_in_gives_exactly_the_divergences_that_plain_hooks_give(loud
     constant = says.b_dec[1]
     estimates = report.estimates_of(says, store, np.arange(16))
     for name, latents in dict(one=[0], all=list(range(16)), none=[]).items():
-        estimates[name] = report.Estimate("f", latents, torch.eye(16)[latents], constant)
+        estimates[name] = report.Estimate("f", torch.eye(16)[latents], constant, latents)
     found = report.splice_in(says, texts, models, 16, estimates)
     curve = report.curve_of(found)
-    _, _, W, b = estimates["map"]
+    _, W, b, _ = estimates["map"]
     V_V = estimates["directions_5"].W
     one = torch.eye(16)[0]
     expected = dict(
@@ -2789,7 +2789,7 @@ def test_baselines_find_a_planted_affine_change_its_one_direction_and_its_singul
         expected = torch.from_numpy(V[:n].T @ V[:n]).float()
         torch.testing.assert_close(found[f"directions_{n}"].W, expected, rtol=0, atol=1e-3)
     for name in ("map", "rank_1"):  # the change is of rank 1 and a constant
-        _, _, W, b = found[name]
+        _, W, b, _ = found[name]
         said = torch.from_numpy(a).float() @ W + b
         error = (said - torch.from_numpy(change)).norm() / np.linalg.norm(change)
         assert error < 0.02, name
@@ -3423,7 +3423,7 @@ def test_the_sets_that_are_put_in_are_the_first_of_the_order_and_others_at_rando
     raw = store.read(rows).float()
     X = F.pad(model.encode(raw).detach()[:, order[:20].tolist()], (0, 1), value=1.0).double()
     W = np.linalg.lstsq(X.numpy(), (raw[:, 1] - raw[:, 0]).double().numpy(), rcond=1e-9)[0]
-    _, columns, found_W, bias = found["refitted_20"]
+    _, found_W, bias, columns = found["refitted_20"]
     assert columns.tolist() == order[:20].tolist()
     expected = X @ torch.from_numpy(W)
     torch.testing.assert_close(
@@ -3490,8 +3490,8 @@ def test_what_a_steered_model_writes_is_what_plain_hooks_make_it_write(pairs, ki
     collect.collect(collect_config(folder))
     texts = report.Texts(train.Store(store_config(val_tokens=300)))
     models = report.load_models(texts, "cpu")
-    up = report.Estimate("a", [], torch.zeros(0, 16), 30 * torch.randn(16))
-    turn = report.Estimate("a", slice(None), 3 * torch.randn(16, 16), torch.ones(16))
+    up = report.Estimate("a", torch.zeros(0, 16), 30 * torch.randn(16), [])
+    turn = report.Estimate("a", 3 * torch.randn(16, 16), torch.ones(16))
     written = report.write_all(texts, models, dict(up=up, turn=turn))
     decode = texts.decode
     docs = [texts.doc(doc) for doc in texts.evenly(texts.store.val_rows, 100)]
