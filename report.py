@@ -98,8 +98,9 @@ class Texts:
         parts = []
         for raw in self.store.held_out:
             a, b = raw.double().unbind(1)
-            parts.append(torch.stack([b - a, a], dim=1).norm(dim=2))
-        norms = pd.DataFrame(torch.cat(parts).numpy(), columns=["change", "base"])
+            norms = dict(change=(b - a).norm(dim=1), base=a.norm(dim=1))
+            parts.append(pd.DataFrame(norms))
+        norms = pd.concat(parts, ignore_index=True)
         if not self.meta:
             return norms.assign(source="all")
         return self.rows.iloc[self.store.val_rows].reset_index(drop=True).join(norms)
@@ -402,8 +403,7 @@ def estimates_of(crosscoder, store, order):
     sets |= {f"chosen_{n}": order[:n] for n in (1, 5, 20, 100)} | dict(chosen_all=order)
     for name, latents in sets.items():
         estimates[name] = Estimate("f", d_change[latents], constant, latents)
-    parts = [crosscoder.encode(part)[:, order[:100]] for part in raw.split(1024)]
-    f = torch.cat(parts)
+    f = torch.cat([crosscoder.encode(part)[:, order[:100]] for part in raw.split(1024)])
     for n in (20, 100):
         estimates[f"refitted_{n}"] = Estimate("f", *ridge(f[:, :n], change, 1e-6), order[:n])
     return estimates
