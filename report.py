@@ -844,8 +844,8 @@ transformer-circuits.pub/2024/crosscoders.</p></details>"""
 
 def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     """Writes the files that are named above into config["out_dir"]. `config` and `rows` of metrics
-    are the run's. Splicing patches n_texts texts; to generate takes it. Returns the page, or "" if
-    there is none.
+    are the run's. Splicing patches n_texts texts. Generating splices, too. Returns the page, or ""
+    if there is none.
     """
     if data.n_models != 2 or not config["val_tokens"]:
         print("no report: it compares two models, on rows that are held out (val_tokens)")
