@@ -10,7 +10,8 @@ Any key of the config can be set by --key=value. The folder of the run gets
     report.svg     its pictures
     latents.csv    all latents that are alive: columns of `compare`, `latent_scaling`, `attribution`
     latents.jsonl  the texts of the page, one a line: tokens, and the latent's activations on them
-    metrics.jsonl  after splicing, one more row: val/COLUMN_NAME of `curve_of`. Resuming drops it
+    metrics.jsonl  after splicing, one more row: val/COLUMN_NAME of `curve_of`, and the size of the
+                   change. Resuming drops it
 
 Figures are of held-out rows: of whole docs (texts, or pieces of long ones) if the store has docs.
 Only nats_per_token, the fit of the baselines and the curves of training are of training rows.
@@ -118,7 +119,9 @@ class Texts:
             return lambda ids: " ".join(map(str, ids))
 
     def pieces(self, ids):
-        """Returns the text of each token, as a list. The last token of a letter has the letter."""
+        """Returns the text of each token, as a list. A letter may be split over tokens: then the
+        last of these has it, and the others have "".
+        """
         pieces = []
         done = ""
         for end in range(len(ids)):
@@ -128,7 +131,9 @@ class Texts:
         return pieces
 
     def evenly(self, rows, n_texts):
-        """Returns n_texts docs of these rows, as many of each source as there are."""
+        """Returns up to n_texts docs of these rows, one of each source in turn, so that there are
+        as many of each while they last.
+        """
         docs = self.rows.iloc[rows].drop_duplicates("doc")
         turn = docs.groupby("source").cumcount()
         return docs.doc.iloc[turn.argsort(kind="stable")[:n_texts]].tolist()
@@ -249,8 +254,8 @@ class Hooked:
         ids = torch.arange(8, device=model.device)[None]
         raw = self.read(ids)
         expected = self.logits(ids, raw)
-        # Blocks up to the hook can be skipped, because a patch replaces their output. This is
-        # tried here, because later blocks may read more of them, such as shared keys.
+        # Blocks up to the hook can be skipped, because a patch replaces their output. But some
+        # models read more of an earlier block, such as its keys. So skip, and compare the logits.
         blocks, _, i = hook.rpartition(".")
         if i.isdigit():
             self.skipped = [f"{blocks}.{j}" for j in range(int(i) + 1)]
@@ -348,8 +353,8 @@ def attribution(crosscoder, texts, models, n_texts):
 
 
 def ridge(x, y, penalty):
-    """Returns W and bias of the ridge regression y = x @ W + bias [n_rows, d_out] on x [n_rows, d].
-    The penalty is in units of the mean variance of x.
+    """Fits y = x @ W + bias by ridge regression, for x [n_rows, d] and y [n_rows, d_out]. Returns
+    W [d, d_out] and bias [d_out]. The penalty is in units of the mean variance of x.
     """
     centered = x - x.mean(0)
     gram = centered.T @ centered
@@ -379,7 +384,8 @@ def estimates_of(crosscoder, store, order):
     """Fits estimates of B - A to up to 50,000 training rows. Returns {name: Estimate}. `order` has
     the latents, those with the largest effect first. The names:
     directions_n  the part of B - A in its n largest singular directions
-    map, rank_1   an affine map of A by ridge regression, and its part in one output direction
+    map, rank_1   an affine map of A by ridge regression; the mean change, and the map's part in
+                  one output direction
     constant      the difference of b_dec
     chosen_n      the constant, and the first n latents with their d_B - d_A; random_n: n at random
     refitted_n    the first n latents, with directions and a constant that are fitted to B - A
@@ -413,6 +419,7 @@ def patches(crosscoder, raw, estimates):
     """Yields patches for raw activations [n_rows, model, d_model], as (name, model to patch, number
     of active latents summed over rows, values [n_rows, d_model]). Both models get their own values
     (clean), their reconstructions (spliced) and zeros. The base also gets B, and estimates of it.
+    The first patch is clean_B.
     """
     raw_hat = crosscoder(raw)
     for m, letter in [(1, "B"), (0, "A")]:
@@ -462,7 +469,8 @@ def splice_in(crosscoder, texts, models, n_texts, estimates):
 def curve_of(found):
     """Returns a DataFrame by name of patch, for the rows of splice_in: l0 per patched position, ce
     and kl in nats per token, and recovered: the drop in kl from clean_A, over the drop by
-    `all_of_B`, if that is at least 0.01. It is of patches that put something into A.
+    `all_of_B`. There is no column recovered if that drop is below 0.01, and it is nan for patches
+    of B and for zero_A.
     """
     sums = found.groupby("name", sort=False).sum(numeric_only=True)
     names = ["l0", "ce", "kl"]
@@ -497,7 +505,7 @@ td, th { vertical-align: top; padding: 2px 5px !important; text-align: left }
 .texts b { background: light-dark(rgb(255 150 0/var(--s)), rgb(170 75 0/var(--s))) }
 meter { width: 20em }"""
 
-COLUMNS = dict(  # of the list of latents, each with what it means
+COLUMNS = dict(  # of the list of latents, and the names of patches: what each means
     latent="number of the latent",
     texts="the five held-out texts in which it is strongest; the darker, the stronger",
     source="the source that has more of its 20 strongest rows than of all rows, and both shares",
@@ -529,7 +537,7 @@ COLUMNS = dict(  # of the list of latents, each with what it means
 
 EXPLAINED = dict(  # estimates of B that the page shows as bars; * needs B's activation
     constant="the same vector, added everywhere",
-    rank_1="one direction, whose strength an affine map reads from A",
+    rank_1="the mean change, and one direction whose strength an affine map reads from A",
     map="an affine map of A",
     chosen_20="the constant and 20 latents *",
     refitted_20="the same 20 latents, with directions that are fitted to B - A *",
@@ -644,10 +652,9 @@ def promoted_by(texts, examples, base, changes):
     return shown
 
 
-def write(hooked, ids, change, n_tokens=40):
-    """Returns what a Hooked model writes after the prompts ids [prompt, position], greedily, if
-    `change`, an Estimate from its activations, is added at every position of its hook: token ids
-    [prompt, n_tokens].
+def generate_with(hooked, ids, change, n_tokens=40):
+    """Returns token ids [prompt, n_tokens]: what a Hooked model writes, greedily, after the prompts
+    ids [prompt, position]. `change`, an Estimate from the activations, is added at every position.
     """
     from collect import hidden
 
@@ -674,7 +681,7 @@ def write_all(texts, models, changes):
     written = dict(prompt=map(texts.decode, prompts))
     for name, change in progress(changes.items(), "generate"):
         hooked = models[name == "finetuned"]
-        written[name] = map(texts.decode, write(hooked, ids, change).tolist())
+        written[name] = map(texts.decode, generate_with(hooked, ids, change).tolist())
     return pd.DataFrame(written).replace("\n", "↵", regex=True).set_index("prompt")
 
 
@@ -686,7 +693,9 @@ def by_group(rows, group):
 
 
 def add_splicing(by_source, found, figures):
-    """Adds columns of splicing to the DataFrame by_source: those of `figures`, of curve_of."""
+    """Adds the curves of each source to the DataFrame by_source, in place: those of their columns
+    that `figures`, the curve of all texts, has.
+    """
     sources = found.groupby("source")
     by_source["texts"] = sources.text.nunique()
     curves = sources.apply(curve_of).unstack()
@@ -843,9 +852,9 @@ transformer-circuits.pub/2024/crosscoders.</p></details>"""
 
 
 def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
-    """Writes the files that are named above into config["out_dir"]. `config` and `rows` of metrics
-    are the run's. Splicing patches n_texts texts. Generating splices, too. Returns the page, or ""
-    if there is none.
+    """Writes the files named at the top of this file into config["out_dir"]. `config` and `rows` of
+    metrics are the run's. Splicing patches n_texts texts. Generating splices, too. Returns the
+    page, or "" if there is none.
     """
     if data.n_models != 2 or not config["val_tokens"]:
         print("no report: it compares two models, on rows that are held out (val_tokens)")
@@ -864,9 +873,10 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     by_source = by_group(texts.held_out, "source")
     size = texts.held_out.base.mean()
     row["relative_difference"] = texts.held_out.change.mean() / size
-    row["noise"] = 1e-4  # if B - A is not larger, it is taken for none
+    row["noise"] = 1e-4  # up to this share of A, B - A counts as no change
     if texts.meta.get("rounding"):  # measured by collect.py
-        row["rounding"] = texts.meta["rounding"][texts.meta["places"].index(data.names[0]) // 2]
+        layer = texts.meta["places"].index(data.names[0]) // 2  # each has base and finetuned
+        row["rounding"] = texts.meta["rounding"][layer]
         row["noise"] = max(row["noise"], 1.5 * row["rounding"])
     table = latents_of(model, data, frequency, dead_after, len(texts.held_out))
     table = table.sort_values("change_per_token", ascending=False, kind="stable")
@@ -887,7 +897,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         curve = curve_of(found)
         if row["relative_difference"] <= row["noise"]:
             curve = curve[["l0", "ce", "kl"]]
-        spread = spread_of(found)
+        spread = spread_of(found)[curve.columns]
         if "recovered" in curve:
             for name, y in curve.recovered.items():
                 shares[name] = f"{y:.0%} ± {spread.recovered[name]:.0%}"
@@ -974,6 +984,8 @@ def texts_of(run, latent, n=5):
     """
     model, data, _, _ = open_run(run)
     texts = Texts(data)
+    if not texts.meta:
+        fail(f"{run}: its data has no texts")
     examples = examples_of(texts, active_rows(model, texts, [latent]), n)
     return examples.assign(text=examples.tokens.map("".join))
 

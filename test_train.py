@@ -2480,7 +2480,7 @@ def test_in_a_browser_the_page_lists_searches_and_sorts_every_latent_and_fetches
     assert "share of held-out rows" in found["title"]
 
 
-def test_texts_of_a_latent_are_had_in_python(pairs):
+def test_texts_of_a_latent_are_had_in_python(pairs, capsys):
     collect.collect(collect_config(pairs["gpt2"][0]))
     model = reported("--data=acts", "--out_dir=out", "--steps=30", "--val_tokens=300")
     store = train.Store(store_config(val_tokens=300))
@@ -2493,6 +2493,8 @@ def test_texts_of_a_latent_are_had_in_python(pairs):
     ids = ids[first : found.pos[0] + 9]
     assert found.text[0].split() == [html.unescape(html_of(i)) for i in ids]
     assert np.argmax(found.activations[0]) == found.pos[0] - first
+    run("--steps=5", "--out_dir=toy")
+    assert "has no texts" in error_of(capsys, report.texts_of, "toy", 0)
 
 
 def test_texts_to_splice_are_of_all_sources_alike_and_figures_are_given_for_each(loud):
@@ -2957,8 +2959,9 @@ def test_rounding_is_measured_and_said_and_a_change_below_it_is_none(pairs, caps
     assert f"; rounding alone moves B - A by {rounding[1]:.2g} of A\n" in said
     assert "B - A, what fine-tuning changed here, is" in said
     change_meta(rounding=[0.0, 10.0])
-    report.main(["--run=out", "--splice=True", "--n_texts=2"])
+    page = report.main(["--run=out", "--splice=True", "--n_texts=2"])
     said = capsys.readouterr().out
+    assert "kl ±" in page and "recovered ±" not in page, "no share, and no spread of one"
     assert "The models do not differ here; rounding alone moves B - A by 10 of A\n" in said
     assert "%" not in said and "nothing to rank latents by" in said
 
