@@ -956,6 +956,8 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     svg = pictures(table, rows, curve, out / "report.svg")
     latents = table.loc[first].reset_index()
     latents = latents.reindex(columns=list(COLUMNS)).dropna(axis=1, how="all")
+    if model.basis == "difference":  # no latent is of one model
+        latents = latents.drop(columns=["kind", "confirmed"])
     with pd.option_context("display.float_format", "{:.3g}".format):
         page = page_of(said, texts.meta, above, latents, svg, below)
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))

@@ -2580,6 +2580,7 @@ def test_planted_differences_are_recovered_by_the_basis_difference(variant, d_hi
     np.testing.assert_allclose(table.change, expected.detach(), rtol=1e-5)
     page = Path("out/report.html").read_text()
     assert "relative_<wbr>norm" not in page and "frequency" in page
+    assert not {"kind", "confirmed"} & set(table_of(page))
 
 
 def test_the_texts_of_each_latent_are_written_for_programs(pairs):
