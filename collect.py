@@ -9,7 +9,8 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
     OUT/base/       a Hugging Face dataset (load_from_disk), one row per token: activation (float16
                     [d_model], divided by divided_by), token (its id), doc (its row in OUT/docs) and
                     pos (its position in that doc)
-    OUT/finetuned/  the same for the other model. Row i of both is the same token, in random order.
+    OUT/finetuned/  the same for the other model. Row i of both is the same token. Rows are shuffled
+                    by shard.
                     With --layer=7,13 the datasets are base_7, finetuned_7, base_13, finetuned_13
     OUT/docs/       a Hugging Face dataset, one row per text, or per piece of a text of over seq_len
                     tokens: input_ids, source (the row's, or the name in --text), text (its number
@@ -26,13 +27,13 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
                     norm of A; [] if that could not be measured
       d_model, tokenizer, processes, versions; shards and counts, for continuing
 
-A token is left out if it is padding or BOS (with --keep_special=False any special token), if it is
-among the first skip_positions of its doc, if its norm at a place is over max_norm_ratio times the
-median, or if it is not finite.
+A token is left out if it is padding or a first BOS (with --keep_special=False any special token),
+if it is among the first skip_positions of its doc, if its norm at a place is over max_norm_ratio
+times the median, or if it is not finite.
 
 While it runs, the store is called OUT.building. If it is killed, run the same command again: it
 continues. Memory holds both models, at 4 bytes a weight (2 in bfloat16), and two copies of a shard
-of shuffle_rows tokens. A token takes 4 bytes times d_model, in memory and on the disk.
+of shuffle_rows tokens. A token takes 4 bytes times d_model a layer, in memory and on the disk.
 """
 
 import fcntl
@@ -82,14 +83,14 @@ config = dict(
     site="resid",  # resid (output of the block) or mlp (output of its MLP)
     hook="",  # any module's path, such as model.layers.3.self_attn, instead of layer and site
     text="",  # .txt (by paragraph), .jsonl, .csv, .tsv, .parquet, a folder, a dataset of the hub
-    # (NAME, or NAME:CONFIGURATION), or A,B
-    text_share="",  # of A,B the shares of the tokens, such as 0.7,0.3; empty: equal ones
+    # (NAME, or NAME:CONFIGURATION), or several of these, separated by commas
+    text_share="",  # share of the tokens of each of several texts, such as 0.7,0.3; empty: equal
     text_column="",  # empty: text, messages or conversations; chats go through the chat template
     split="train",  # of a hub dataset
     # how much, and which
     n_tokens=1_000_000,  # rows to write
     seq_len=512,  # tokens of context; longer texts are cut into pieces of that length
-    skip_positions=1,  # positions at the start of each text to drop: the first is an attention sink
+    skip_positions=1,  # positions at the start of each doc to drop: the first is an attention sink
     keep_special=True,  # keep special tokens, such as those of chat templates; not the first BOS
     max_norm_ratio=5.0,  # drop tokens whose norm is over so many times the median, in either model
     # system
@@ -147,7 +148,7 @@ def load(key, config, device):
             of_tokenizer = name if has_tokenizer else below
             return model.eval(), AutoTokenizer.from_pretrained(of_tokenizer, **options)
 
-        if name == below:  # a base may be an adapter, too
+        if name == below:  # the base is an adapter, too: take the model under it
             below = PeftConfig.from_pretrained(name).base_model_name_or_path
         model, tokenizer = load("base", config | dict(base=below), device)
         if has_tokenizer:
@@ -495,8 +496,9 @@ class Harvest:
             text, pos = is_token.numpy().nonzero()
             token = ids.numpy()[text, pos]
             of_models = [activations(*pair, ids.clamp(0), is_token.long()) for pair in self.models]
+            of_layers = zip(*of_models)
+            places = [raw[text, pos].to(device) for of_layer in of_layers for raw in of_layer]
             with explain("base and finetuned are of different size at the hook", RuntimeError):
-                places = [raw[text, pos].to(device) for pair in zip(*of_models) for raw in pair]
                 raw = torch.stack(places, dim=1)
             norm = raw.norm(dim=2, dtype=torch.float64).cpu().numpy()
 

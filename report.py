@@ -144,15 +144,15 @@ class Texts:
 
 def compare(model, frequency, dead_after=torch.inf):
     """Returns a DataFrame of the latents that are alive: they fired in training, in the last
-    dead_after tokens. `frequency` [d_hidden] is the share of held-out rows in which each does. d_A
+    dead_after tokens. `frequency` [d_hidden] is the share of held-out rows in which each fires. d_A
     and d_B are its decoder vectors, each in its model's scale. The columns:
     change_per_token  frequency * change
     relative_norm     ||d_B|| / (||d_A|| + ||d_B||): 0 is base only, 1 is fine-tuned only
     change            ||d_B - d_A|| / (||d_A|| + ||d_B||)
     cosine            of d_A and d_B
     kind              base-only, uneven, shared or fine-tuned-only, by relative_norm
-    In the basis "difference" there is no d_A. Columns that need it are empty, and change is ||d_B||
-    over its mean.
+    In the basis "difference" there is no d_A. Columns that need it are empty, kind is "none", and
+    change is ||d_B|| over its mean.
     """
     frequency = frequency.cpu()
     d = model.in_models(model.W_dec).detach().cpu()
@@ -221,7 +221,7 @@ def latents_of(model, data, frequency, dead_after, n_rows):
 def toy_score(toy, model, table):
     """Returns a DataFrame of counts by kind. A latent matches a feature if its cosine is > 0.9 in
     each model that has it. A feature is recovered if a latent of its kind matches it, and confirmed
-    if a confirmed latent does. A latent that recovers no feature is false.
+    if a confirmed latent matches it. A latent that recovers no feature is false.
     """
     d = F.normalize(model.in_models(model.W_dec).cpu()[table.index], dim=2)
     planted = F.normalize(toy.directions, dim=2)
@@ -365,8 +365,9 @@ def ridge(x, y, penalty):
 
 
 class Estimate(NamedTuple):
-    """An estimate of B - A: features[..., columns] @ W + bias. The features are "a", the
-    activations of the base model, "f", the latents, or "b-a", B - A itself.
+    """An estimate of B - A: y[..., columns] @ W + bias. `features` says what y is: "a", the
+    activations of the base model, "f", the latents, or "b-a", B - A itself. Without columns, it is
+    the bias everywhere.
     """
 
     features: str
@@ -416,10 +417,10 @@ def estimates_of(crosscoder, store, order):
 
 
 def patches(crosscoder, raw, estimates):
-    """Yields patches for raw activations [n_rows, model, d_model], as (name, model to patch, number
-    of active latents summed over rows, values [n_rows, d_model]). Both models get their own values
-    (clean), their reconstructions (spliced) and zeros. The base also gets B, and estimates of it.
-    The first patch is clean_B.
+    """Yields patches for raw activations [n_rows, model, d_model], as (name, model to patch, how
+    many latents or directions of B - A it takes, summed over rows, values [n_rows, d_model]). Both
+    models get their own values (clean), their reconstructions (spliced) and zeros. The base also
+    gets B, and estimates of it. The first patch is clean_B.
     """
     raw_hat = crosscoder(raw)
     for m, letter in [(1, "B"), (0, "A")]:
@@ -631,7 +632,7 @@ def described(texts, active, examples):
 
 def promoted_at(texts, row, base, change):
     """Returns how much each next token's probability rises [vocabulary] if `change` [d_model] is
-    added to the base model's activation at a row of texts.rows.
+    added to the base model's activation at a row, which has its doc and pos.
     """
     ids = texts.doc(row.doc)[: row.pos + 1]
     ids = torch.tensor([ids], device=change.device)
@@ -654,7 +655,8 @@ def promoted_by(texts, examples, base, changes):
 
 def generate_with(hooked, ids, change, n_tokens=40):
     """Returns token ids [prompt, n_tokens]: what a Hooked model writes, greedily, after the prompts
-    ids [prompt, position]. `change`, an Estimate from the activations, is added at every position.
+    ids [prompt, position]. `change` is added at every position: an Estimate from "a", or one
+    without columns.
     """
     from collect import hidden
 

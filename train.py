@@ -185,9 +185,9 @@ def write_atomically(path, write):
 # --- Data: raw activations, as the models put them out --------------------------------------------
 
 # For data of your own, call train(config, data=...) with an object that has n_models, d_model,
-# held_out, a list of batches [n, n_models, d_model], and batch(step), which returns this process's
-# rows [n, n_models, d_model]. A thread calls batch one step ahead. The same step must always give
-# the same rows, so that a run can be resumed.
+# held_out, an iterable of batches [n, n_models, d_model], and batch(step), which returns this
+# process's rows [n, n_models, d_model]. A thread calls batch one step ahead. If the same step
+# always gives the same rows, a resumed run ends as an uninterrupted one.
 
 
 def share(rows):
@@ -236,8 +236,9 @@ def view_of(lists):
 class Store:
     """Reads a folder with one Hugging Face dataset per model. The column `activation` has lists of
     d_model floats. All other columns must be equal in the datasets, because row i is the same token
-    in each. Random docs (texts) are held out whole: val_tokens rows, or just over. Every epoch
-    shuffles the training rows anew. It leaves out the last few, which do not fill a batch.
+    in each. Random docs (texts, or pieces of long ones) are held out whole: val_tokens rows, or
+    just over. Every epoch shuffles the training rows anew. It leaves out the last few, which do not
+    fill a batch.
     """
 
     def __init__(self, config):
@@ -259,9 +260,9 @@ class Store:
             batches = activations.to_batches()  # with the same rows of every model
             self.views = [[view_of(lists) for lists in batch.columns] for batch in batches]
             self.starts = np.cumsum([0] + [len(batch) for batch in batches])
-            sizes = {view.shape[1] for views in self.views for view in views}
-            assert len(sizes) == 1, f"activations of d_model {sizes}"
-            self.d_model = sizes.pop()
+            widths = {view.shape[1] for views in self.views for view in views}
+            assert len(widths) == 1, f"activations of d_model {widths}"
+            self.d_model = widths.pop()
             self.dtype = np.result_type(*self.views[0])
             doc = pd.Series(np.arange(n) // 64)  # without docs: neighbours may be of one text
             if "doc" in self.columns.column_names:
@@ -445,9 +446,10 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
 
     def activate(self, pre, latent):
         """Returns f. Change this for another activation. pre is [n] for a sparse code, [batch,
-        d_hidden] for a dense one, and `latent` are the latents of its columns. Take a parameter p
-        [d_hidden] as p.index_select(0, latent). f and its gradient must be 0 where pre <= 0. Use
-        thresholds, such as JumpReLU's, with vanilla: the others choose latents before this.
+        d_hidden] for a dense one. `latent` has the latent of each entry, or of each column. Take a
+        parameter p [d_hidden] as p.index_select(0, latent). f and its gradient must be 0 where
+        pre <= 0. Use thresholds, such as JumpReLU's, with vanilla: the others choose latents before
+        this.
         """
         return F.relu(pre)
 
@@ -498,6 +500,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         if aux_coeff and len(dead):  # no ReLU: negative pre-activations get a gradient, too
             select = partial(topk_mask, k=k_aux)
             code = entries_where(select, x_flat, W_enc[dead], self.b_enc[dead])
+            # from places among the dead to latents; EncodeAt gives the values their gradient
             code = code._replace(latent=dead[code.latent], shape=f.shape)
             code = code._replace(value=EncodeAt.apply(code, x_flat, W_enc, self.b_enc))
             residual = -error.detach().flatten(1)
@@ -551,7 +554,7 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         pre-activations as a SparseCode, and the cut: scores >= cut are kept. In training, batchtopk
         first looks only at scores over 0.9 of its threshold. If they are too few, it calls itself
         with twice the margin. The cut to look over is then estimated from about 32 rows: margin * k
-        scores a row exceed it.
+        scores a row exceed it, so a larger margin gives a lower cut.
         """
         norm = norm.clamp(min=1e-30)  # in vanilla, a latent whose decoder is 0 must recover
         is_searching = self.variant == "batchtopk" and self.training
@@ -692,7 +695,7 @@ def validate(model, data, l1_coeff=0.0, dead_after=torch.inf, n_rows=torch.inf):
     total = Counter()
     for raw in data.held_out:
         losses = model.losses(raw, l1_coeff, dead_after=dead_after)
-        total.update(sums(model, losses), fired=losses["fired"].double())
+        total.update(sums(model, losses), fired=losses["fired"].double())  # adds, as Counters do
         if total["rows"] >= n_rows:
             break
     frequency = total.pop("fired") / total["rows"]
