@@ -10,8 +10,8 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
                     [d_model], divided by divided_by), token (its id), doc (its row in OUT/docs) and
                     pos (its position in that doc)
     OUT/finetuned/  the same for the other model. Row i of both is the same token. Rows are shuffled
-                    by shard.
-                    With --layer=7,13 the datasets are base_7, finetuned_7, base_13, finetuned_13
+                    by shard. With --layer=7,13 the datasets are base_7, finetuned_7, base_13 and
+                    finetuned_13
     OUT/docs/       a Hugging Face dataset, one row per text, or per piece of a text of over seq_len
                     tokens: input_ids, source (the row's, or the name in --text), text (its number
                     there, as shuffled)
@@ -84,7 +84,7 @@ config = dict(
     hook="",  # any module's path, such as model.layers.3.self_attn, instead of layer and site
     text="",  # .txt (by paragraph), .jsonl, .csv, .tsv, .parquet, a folder, a dataset of the hub
     # (NAME, or NAME:CONFIGURATION), or several of these, separated by commas
-    text_share="",  # share of the tokens of each of several texts, such as 0.7,0.3; empty: equal
+    text_share="",  # share of tokens from each of several texts, such as 0.7,0.3; empty: equal
     text_column="",  # empty: text, messages or conversations; chats go through the chat template
     split="train",  # of a hub dataset
     # how much, and which
@@ -265,7 +265,7 @@ def read_source(name, config, tokenizer, dropped):
     begins as the tokenizer begins a text, with BOS for example. Chats are rendered. Leaves out and
     counts in `dropped` texts that are empty, that the template refuses, or that use a token one
     model lacks (the number of their tokens). Ends the program at a row without the column, or if
-    the template refuses over 1% (and 10) of the rows.
+    the template refuses more than 10 rows, and more than 1% of them.
     """
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
     begin = [i for i in tokenizer("")["input_ids"] if i not in ends] or [tokenizer.bos_token_id]
@@ -527,8 +527,8 @@ class Harvest:
 
 def measure_rounding(harvest):
     """Runs the first docs in the models' dtype, and again in float32. Returns a list by layer: the
-    mean norm of the error of B - A, over that of A. Returns [] if there is no memory for the models
-    in float32, which take up to twice the bytes, and for what they compute.
+    mean norm of the error of B - A, over that of A. Returns [] if there is too little memory for
+    the models in float32 (up to twice the bytes) and their activations.
     """
     free = get_max_memory()  # {index of the GPU, or "cpu": bytes}
     if free.get(harvest.models[0][0].device.index, free["cpu"]) < 3 * harvest.n_bytes:
@@ -548,8 +548,8 @@ def measure_rounding(harvest):
 
 
 class Stream:
-    """Data of train.py that needs no disk: rows of a Harvest, shuffled in memory. With two layers,
-    its models are base and finetuned at the first one, and then at the second.
+    """Data of train.py that needs no disk: rows of a Harvest, shuffled in memory. With two layers
+    it has four models: base and finetuned at the first layer, and then at the second.
     """
 
     def __init__(self, config, texts_read=0):

@@ -695,8 +695,8 @@ def by_group(rows, group):
 
 
 def add_splicing(by_source, found, figures):
-    """Adds the curves of each source to the DataFrame by_source, in place: those of their columns
-    that `figures`, the curve of all texts, has.
+    """Adds figures of splicing, of each source, to the DataFrame by_source, in place. Leaves out
+    those that `figures`, the curve of all texts, lacks.
     """
     sources = found.groupby("source")
     by_source["texts"] = sources.text.nunique()

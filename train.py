@@ -63,7 +63,7 @@ config = dict(
     # data
     data="toy",  # toy, path of a store, or stream (collects while training; takes its keys, too)
     places="base,finetuned",  # datasets of the store, such as base_7,finetuned_7; the first is A
-    val_tokens=-1,  # rows held out; 0: none; -1: 1% of a store, from 8,192 (or a tenth) to 1M
+    val_tokens=-1,  # rows held out; 0: none; -1: 1% of a store, at least 8,192 (or a tenth)
     rows_together=1,  # rows shuffled as one: take 64 to 256 if the store is larger than memory
     batch_size=1024,  # tokens per step, over all processes
     # model and losses
@@ -264,9 +264,10 @@ class Store:
             assert len(widths) == 1, f"activations of d_model {widths}"
             self.d_model = widths.pop()
             self.dtype = np.result_type(*self.views[0])
-            doc = pd.Series(np.arange(n) // 64)  # without docs: neighbours may be of one text
             if "doc" in self.columns.column_names:
                 doc = self.columns["doc"].to_pandas()
+            else:
+                doc = pd.Series(np.arange(n) // 64)  # neighbours may be of one text
             n_held_out = config["val_tokens"]
             if n_held_out < 0:
                 n_held_out = np.clip(n // 100, min(8192, n // 10), 1_000_000)
@@ -276,7 +277,7 @@ class Store:
             self.val_rows = np.flatnonzero(is_held_out)
         left = len(self.train_rows)
         if left < config["batch_size"]:
-            fail(f"{left} of {n} rows are left to train on: less than --batch_size")
+            fail(f"{left} of {n} rows are left to train on, fewer than --batch_size")
         passes = config["steps"] * config["batch_size"] / left
         if passes > 5:
             print(f"{passes:.0f} passes over {left:,} rows: more rows would tell more")
@@ -354,11 +355,11 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
     d_model]. Buffers: scale [n_models] is sqrt(d_model) / mean norm of each model's activations.
     to_scaled [n_models, n_models] maps raw activations to scaled ones; in the basis "delta" it also
     subtracts A from B. The basis "difference" leaves A out: W_enc, W_dec, b_dec, mask and the rows
-    of to_scaled are n_models - 1. mask [d_hidden, n_models, 1] is 0 for a model that a dedicated
-    latent must not use. The first latents are A's own, the next ones B's. since_fired [d_hidden]
-    counts the tokens since each latent fired. threshold [] is a running mean of the lowest score
-    (pre-activation * decoder norm) that batchtopk keeps. In eval mode it keeps the scores >=
-    threshold instead, so that a token's code does not depend on its batch.
+    of to_scaled are of the other n_models - 1. mask [d_hidden, n_models, 1] is 0 for a model that a
+    dedicated latent must not use. The first latents are A's own, the next ones B's. since_fired
+    [d_hidden] counts the tokens since each latent fired. threshold [] is a running mean of the
+    lowest score (pre-activation * decoder norm) that batchtopk keeps. In eval mode it keeps the
+    scores >= threshold instead, so that a token's code does not depend on its batch.
     """
 
     def __init__(
@@ -553,8 +554,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         """Chooses the active latents by their scores, pre-activation * norm. Returns their
         pre-activations as a SparseCode, and the cut: scores >= cut are kept. In training, batchtopk
         first looks only at scores over 0.9 of its threshold. If they are too few, it calls itself
-        with twice the margin. The cut to look over is then estimated from about 32 rows: margin * k
-        scores a row exceed it, so a larger margin gives a lower cut.
+        with twice the margin. It then looks over a lower cut, which margin * k scores a row exceed
+        in a sample of about 32 rows.
         """
         norm = norm.clamp(min=1e-30)  # in vanilla, a latent whose decoder is 0 must recover
         is_searching = self.variant == "batchtopk" and self.training
@@ -773,7 +774,7 @@ def read_checkpoint(out):
 
 
 def write_rows(out, rows, mode="a"):
-    """Adds rows of metrics to the file metrics.jsonl in the folder `out`. mode="w" begins it."""
+    """Adds rows of metrics to metrics.jsonl in the folder `out`. mode="w" empties it first."""
     path = Path(out) / "metrics.jsonl"
     with explain(f"{path} cannot be written", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -821,6 +822,9 @@ def train(config, state=None, data=None):
         if (out / "checkpoint.pt").exists():
             fail(f"--out_dir={out} holds a run already: continue it by --resume=True")
         state = dict(step=0, tokens=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
+    for key in ("variant", "basis", "dedicated"):
+        if config[key] != state.get("config", config)[key]:
+            fail(f"resuming cannot change --{key}")
 
     # data, model, optimiser
     torch.manual_seed(config["seed"])
@@ -834,8 +838,6 @@ def train(config, state=None, data=None):
         model.start_at(data.batch(0))
     else:
         with explain("data, config and checkpoint do not fit each other"):
-            for key in ("variant", "basis", "dedicated"):
-                assert config[key] == state["config"][key], f"resuming cannot change --{key}"
             model.load_state_dict(state["model"])
             moments = dict(state=state["moments"])  # learning rates are the config's
             optimizer.load_state_dict(optimizer.state_dict() | moments)
