@@ -52,7 +52,7 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped: the same command goes on"))
 
-import train  # before torch: it sets how torch takes memory
+# before torch: it sets how torch takes memory
 from train import checked, explain, fail, read_command_line, set_up, write_atomically
 
 # isort: split
@@ -104,10 +104,12 @@ config = dict(
     seed=0,  # of the order of the texts and rows
 )
 # Allowed values, as in train.py.
-from_1 = ["n_tokens", "texts_per_batch", "shuffle_rows", "max_norm_ratio"]
-allowed = dict.fromkeys(from_1, train.at_least_1)
-allowed["seq_len"] = pd.Interval(8, 1e15, closed="left")
-allowed |= dict(site=["resid", "mlp"], dtype=["float32", "bfloat16", "float16"])
+allowed = dict(
+    seq_len=pd.Interval(8, 1e15, closed="left"),
+    max_norm_ratio=pd.Interval(1, 1e15, closed="left"),
+    site=["resid", "mlp"],
+    dtype=["float32", "bfloat16", "float16"],
+)
 
 # --- Models ---------------------------------------------------------------------------------------
 

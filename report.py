@@ -58,7 +58,6 @@ config = dict(
     n_texts=16,  # held-out texts to patch; half as many training texts rank the latents
     device="auto",  # auto (cuda if there is one), cpu or cuda
 )
-allowed = dict(n_texts=train.at_least_1)
 progress = partial(tqdm, delay=1, leave=False)
 
 # --- Texts ----------------------------------------------------------------------------------------
@@ -995,7 +994,7 @@ def texts_of(run, latent, n=5):
 
 
 def main(argv):
-    options = train.checked(train.read_command_line(argv, __file__), config, allowed)
+    options = train.checked(train.read_command_line(argv, __file__), config, {})
     run = options.pop("run")
     device = options.pop("device")
     if not run:

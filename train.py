@@ -57,7 +57,7 @@ config = dict(
     resume=False,  # continue the run in out_dir; other keys that are given override its own
     save_every=0,  # steps between checkpoints; 0: every ten minutes
     log_every=50,  # steps between rows of metrics
-    eval_every=500,  # steps between validations; 0: only at the end
+    eval_every=500,  # steps between validations; the last step always has one
     wandb_mode="offline",  # offline, online or disabled
     wandb_project="crosscoder",  # name of the project in wandb
     # data
@@ -86,19 +86,13 @@ config = dict(
     device="auto",  # auto (cuda if there is one), cpu or cuda
     seed=0,  # seeds the weights, the order of the rows and the toy
 )
-# Allowed values. Numbers without an entry must be at least 0 and finite.
-at_least_1 = pd.Interval(1, 1e15, closed="left")
+# Allowed values. Other numbers are finite and at least 0, or at least 1 if they are whole and their
+# default is at least 1.
 below_1 = pd.Interval(0, 1, closed="left")
 allowed = dict(
-    rows_together=at_least_1,
     batch_size=pd.Interval(2, 1e9, closed="left"),  # a variance takes two rows
     val_tokens=pd.Interval(-1, 1e7, closed="left"),
-    d_hidden=at_least_1,
     dedicated=pd.Interval(0, 0.5, closed="both"),
-    k=at_least_1,
-    k_aux=at_least_1,
-    steps=at_least_1,
-    log_every=at_least_1,
     beta1=below_1,
     beta2=below_1,
     wandb_mode=["offline", "online", "disabled"],
@@ -157,7 +151,7 @@ def checked(values, defaults, allowed):
                 value = ast.literal_eval(str(value))
             new = kind(value)  # --steps=1e6 is an int, too
             assert new == value and isinstance(value, bool) == (kind is bool), "another type"
-            assert kind is str or min(0, default) <= new < 1e15, "too small or too large"
+            assert kind is str or min(kind is int, default) <= new < 1e15, "too small or too large"
             assert new in allowed.get(key, [new]), "not allowed"
         settings[key] = new
     return settings
@@ -336,9 +330,11 @@ def mean_size(x):
     return x.norm(dim=-1).mean(0) / x.shape[-1] ** 0.5
 
 
-def topk_mask(y, k):
-    """Returns the top-k mask of each row of y [batch, n]. Ties with the k-th largest are in it."""
-    return y >= y.topk(min(k, y.shape[1])).values[:, -1:]
+def topk_places(y, k):
+    """Returns the places (rows, columns) of the k largest numbers in each row of y [batch, n]."""
+    columns = y.topk(min(k, y.shape[1]), sorted=False).indices
+    rows = torch.arange(len(y), device=y.device)[:, None].expand_as(columns)
+    return rows.flatten(), columns.flatten()
 
 
 def nth_largest(y, n):
@@ -499,8 +495,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
 
         aux_loss = torch.zeros_like(l2_loss)
         if aux_coeff and len(dead):  # no ReLU: negative pre-activations get a gradient, too
-            select = partial(topk_mask, k=k_aux)
-            code = entries_where(select, x_flat, W_enc[dead], self.b_enc[dead])
+            select = partial(topk_places, k=k_aux)
+            code = entries_at(select, x_flat, W_enc[dead], self.b_enc[dead])
             # from places among the dead to latents; EncodeAt gives the values their gradient
             code = code._replace(latent=dead[code.latent], shape=f.shape)
             code = code._replace(value=EncodeAt.apply(code, x_flat, W_enc, self.b_enc))
@@ -568,12 +564,12 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
             cut = gather(nth_largest(scores, margin * self.k * len(sample))).max()
         bound = 0.9999 * cut / norm  # for pre; slightly low, because of rounding
 
-        def is_candidate(pre):  # [rows, d_hidden]
+        def candidates(pre):  # [rows, d_hidden]
             if self.variant == "topk":
-                return topk_mask(pre * norm, self.k)
-            return pre > bound
+                return topk_places(pre * norm, self.k)
+            return (pre > bound).nonzero(as_tuple=True)
 
-        code = entries_where(is_candidate, x, W_enc, self.b_enc)
+        code = entries_at(candidates, x, W_enc, self.b_enc)
         score = code.value * norm[code.latent]
         if is_searching:
             n = self.k * len(x) * PartialState().num_processes
@@ -619,21 +615,21 @@ class SparseCode(NamedTuple):
 
 
 @torch.no_grad()
-def entries_where(select, x, W, b):
-    """Computes pre = x @ W.T + b in blocks of rows, because it is large. Returns the entries where
-    select(pre) is True, as a SparseCode.
+def entries_at(select, x, W, b):
+    """Computes pre = x @ W.T + b in blocks of rows, because it is large. Returns the entries at the
+    places select(pre), (rows, columns), as a SparseCode.
     """
     blocks = []
     for first in range(0, len(x), 1024):
         pre = F.linear(x[first : first + 1024], W, b)
-        row, column = select(pre).nonzero(as_tuple=True)
+        row, column = select(pre)
         blocks.append((first + row, column, pre[row, column]))
     row, column, value = map(torch.cat, zip(*blocks))
     return SparseCode(row, column, value, torch.Size([len(x), len(W)]))
 
 
 class EncodeAt(torch.autograd.Function):
-    """Returns the values of a SparseCode from entries_where, with their gradient by x, W and b."""
+    """Returns the values of a SparseCode from entries_at, with their gradient by x, W and b."""
 
     @staticmethod
     def forward(ctx, code, x, W, b):
