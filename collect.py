@@ -23,8 +23,8 @@ Any key of the config can be set by --key=value. A store is a folder, OUT:
       dropped       by reason: numbers of tokens (unknown_token: of whole texts), and of rows of
                     --text (empty_text, refused_row)
       divided_by    a power of two: 1 unless rows are too large for float16
-      rounding      if dtype is not float32, by layer: the error of B - A that it makes, over the
-                    norm of A; [] if that could not be measured
+      rounding      if dtype is not float32, by layer: the error of B - A that the dtype makes, over
+                    the norm of A; [] if that could not be measured
       d_model, tokenizer, processes, versions; shards and counts, for continuing
 
 A token is left out if it is padding or a first BOS (with --keep_special=False any special token),
@@ -238,9 +238,9 @@ CHAT_IN_TEXT = re.compile(r"""\s*\[\s*\{.*?["'](role|from)["']\s*:""", re.DOTALL
 
 
 def read_docs(config, tokenizer, dropped):
-    """Yields docs, dicts of source, text (its row in the source) and input_ids, of the sources in
-    --text. The next one is of the source with the fewest tokens for its share. When one ends, the
-    others continue. Counts in the Counter `dropped` what `read_source` leaves out.
+    """Yields docs, dicts of source, text (its number there, as shuffled) and input_ids, of the
+    sources in --text. The next one is of the source with the fewest tokens for its share. When one
+    ends, the others continue. Counts in the Counter `dropped` what `read_source` leaves out.
     """
     text = config["text"]
     names = [text] if Path(text).exists() else text.split(",")
@@ -454,8 +454,8 @@ class Harvest:
         special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
         self.special = special + self.tokenizer.all_special_ids
 
-        # The median norm is of the first docs, which are the same in every process. No limit is
-        # known yet: divided by inf, their activations are 0, and over_float16 means not finite.
+        # The median norm is of the first docs, which are the same in every process. This first run
+        # has no limits and only its norms are used: over_float16 can only mean nan or inf.
         self.largest_norm = self.divided_by = torch.inf
         docs = self.read()
         while sample := take_docs(docs, 4096):
@@ -466,19 +466,19 @@ class Harvest:
             if "over_float16" in set(rows.dropped):
                 fail(f"activations are not finite: another --dtype than {config['dtype']}?")
         else:
-            fail(f"--text={config['text']}: no token of its texts is left; dropped: {self.empty}")
+            fail(f"--text={config['text']}: no token is left; dropped: {self.left_out}")
         median = kept[self.places].median()
         self.largest_norm = config["max_norm_ratio"] * median.to_numpy()
         largest = min(config["max_norm_ratio"], 1000) * median.max()
-        self.divided_by = 2.0 ** max(0, int(np.ceil(np.log2(largest / 65504))))
+        self.divided_by = 2.0 ** int(np.ceil(np.log2(max(1, largest / 65504))))
         self.sample = sample
         self.no_rows = (raw[:0], rows[:0])
         self.d_model = raw.shape[2]
 
     def read(self, first_doc=0):
         """Returns an iterator over the docs from that one on."""
-        self.empty = Counter()  # rows without a text, counted from the first doc
-        return islice(read_docs(self.config, self.tokenizer, self.empty), first_doc, None)
+        self.left_out = Counter()  # by `read_source`, since the first doc
+        return islice(read_docs(self.config, self.tokenizer, self.left_out), first_doc, None)
 
     def run(self, docs):
         """Returns all tokens of the docs as raw [token, place, d_model], float16, divided by
@@ -495,11 +495,11 @@ class Harvest:
             texts = [torch.tensor(docs[i]["input_ids"]) for i in batch]
             ids = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1)
             is_token = ids >= 0  # [batch, position]
-            text, pos = is_token.numpy().nonzero()
-            token = ids.numpy()[text, pos]
+            i, pos = is_token.numpy().nonzero()
+            token = ids.numpy()[i, pos]
             of_models = [activations(*pair, ids.clamp(0), is_token.long()) for pair in self.models]
             of_layers = zip(*of_models)
-            places = [raw[text, pos].to(device) for of_layer in of_layers for raw in of_layer]
+            places = [raw[i, pos].to(device) for of_layer in of_layers for raw in of_layer]
             with explain("base and finetuned are of different size at the hook", RuntimeError):
                 raw = torch.stack(places, dim=1)
             norm = raw.norm(dim=2, dtype=torch.float64).cpu().numpy()
@@ -515,7 +515,7 @@ class Harvest:
             ]
             dropped = np.select(conditions, REASONS, None)
             rows = pd.DataFrame(norm, columns=self.places)
-            rows = rows.assign(token=token, doc=batch.numpy()[text], pos=pos, dropped=dropped)
+            rows = rows.assign(token=token, doc=batch.numpy()[i], pos=pos, dropped=dropped)
             tables.append(rows)
             raws.append(raw.div_(self.divided_by).half().cpu())
             self.bar.update(rows.dropped.isna().sum())
@@ -554,9 +554,9 @@ class Stream:
     it has four models: base and finetuned at the first layer, and then at the second.
     """
 
-    def __init__(self, config, texts_read=0):
+    def __init__(self, config, docs_read=0):
         """Takes the first docs of 2 * val_tokens tokens, and holds out val_tokens of their rows.
-        Starts after these docs, or after the `texts_read` docs that a resumed run has read.
+        Starts after these docs, or after the `docs_read` docs that a resumed run has read.
         """
         self.config = config
         self.harvest = Harvest(with_base(config))
@@ -570,21 +570,21 @@ class Stream:
         self.rows = raw[:0]
         self.shards = self.read()
         self.first = len(docs)  # doc to train on
-        self.texts_read = max(texts_read, self.first)
+        self.docs_read = max(docs_read, self.first)
 
     def read(self):
         """Yields this process's raw activations of one shard after the other, again and again."""
         n_processes = self.harvest.n_processes
         while True:
-            docs = self.harvest.read(self.texts_read)
+            docs = self.harvest.read(self.docs_read)
             while shard := take_docs(docs, self.config["shuffle_rows"] * n_processes):
-                self.texts_read += len(shard)
+                self.docs_read += len(shard)
                 yield self.harvest.run_kept(shard[PartialState().process_index :: n_processes])
             # with fewer texts than processes, one process would wait for rows for ever
-            if self.texts_read - self.first < n_processes:
+            if self.docs_read - self.first < n_processes:
                 fail(f"--text={self.config['text']}: too few are left for {n_processes} processes")
-            print(f"all {self.texts_read} texts are read: they come again", file=sys.stderr)
-            self.texts_read = self.first
+            print(f"all {self.docs_read} docs are read: they come again", file=sys.stderr)
+            self.docs_read = self.first
 
     def batch(self, step):
         """Returns this process's next rows [batch_size / processes, n_models, d_model], whatever
@@ -708,7 +708,7 @@ def add_shard(harvest, building, docs, meta):
     counts = sum(gather_object([counts]), Counter(meta["counts"]))
     meta |= dict(counts=counts, tokens=counts["tokens"], docs=meta["docs"] + len(docs))
     meta["shards"] += 1
-    meta["dropped"] = {reason: counts[reason] for reason in REASONS} | harvest.empty
+    meta["dropped"] = {reason: counts[reason] for reason in REASONS} | harvest.left_out
     unit = harvest.divided_by * harvest.d_model**0.5
     meta["scale"] = [unit * counts["tokens"] / (counts[n] or 1) for n in harvest.places]
     if rank == 0:

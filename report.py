@@ -10,8 +10,8 @@ Any key of the config can be set by --key=value. The folder of the run gets
     report.svg     its pictures
     latents.csv    all latents that are alive: columns of `compare`, `latent_scaling`, `attribution`
     latents.jsonl  the texts of the page, one a line: tokens, and the latent's activations on them
-    metrics.jsonl  after splicing, one more row: val/COLUMN_NAME of `curve_of`, and the size of the
-                   change. Resuming drops it
+    metrics.jsonl  after splicing, one more row: val/COLUMN_PATCH for each figure of `curve_of`,
+                   such as val/kl_clean_A, and all of validation. Resuming drops it
 
 Figures are of held-out rows: of whole docs (texts, or pieces of long ones) if the store has docs.
 Only nats_per_token, the fit of the baselines and the curves of training are of training rows.
@@ -119,7 +119,7 @@ class Texts:
 
     def pieces(self, ids):
         """Returns the text of each token, as a list. A letter may be split over tokens: then the
-        last of these has it, and the others have "".
+        last of these has it, and the others have "". Unless ids begin within a letter.
         """
         pieces = []
         done = ""
@@ -203,8 +203,8 @@ def latent_scaling(model, batches):
 
 def latents_of(model, data, frequency, dead_after, n_rows):
     """Returns `compare` with the columns of `latent_scaling` and with `confirmed`, the model that
-    alone has the latent, or "". For that it must fire in 20 of the n_rows held-out rows, or in 1%
-    if they are fewer than 2,000.
+    alone has the latent, or "". For that nu_r and nu_epsilon must be small, and it must fire in 20
+    of the n_rows held-out rows, or in 1% if they are fewer than 2,000.
     """
     table = compare(model, frequency, dead_after)
     table["confirmed"] = ""
@@ -220,7 +220,7 @@ def latents_of(model, data, frequency, dead_after, n_rows):
 def toy_score(toy, model, table):
     """Returns a DataFrame of counts by kind. A latent matches a feature if its cosine is > 0.9 in
     each model that has it. A feature is recovered if a latent of its kind matches it, and confirmed
-    if a confirmed latent matches it. A latent that recovers no feature is false.
+    if a confirmed latent matches it. A latent of these kinds that recovers no feature is false.
     """
     d = F.normalize(model.in_models(model.W_dec).cpu()[table.index], dim=2)
     planted = F.normalize(toy.directions, dim=2)
@@ -365,8 +365,8 @@ def ridge(x, y, penalty):
 
 class Estimate(NamedTuple):
     """An estimate of B - A: y[..., columns] @ W + bias. `features` says what y is: "a", the
-    activations of the base model, "f", the latents, or "b-a", B - A itself. Without columns, it is
-    the bias everywhere.
+    activations of the base model, "f", the latents, or "b-a", B - A itself. If `columns` is empty,
+    it is the bias everywhere.
     """
 
     features: str
@@ -511,7 +511,7 @@ COLUMNS = dict(  # of the list of latents, and the names of patches: what each m
     source="the source that has more of its 20 strongest rows than of all rows, and both shares",
     promoted="tokens whose probability rises most if the base model gets its change",
     writes="what the base model writes after three prompts if its change is added everywhere",
-    opening="opening: nearly all of its 20 strongest rows are in the first ten tokens of a text",
+    opening="opening: nearly all of its 20 strongest rows are at positions up to 10 of a text",
     position="median position in the text of its 20 strongest rows",
     nats_per_token="first-order effect: by how much it lowers the KL divergence from B",
     change_per_token="change times frequency",
@@ -560,8 +560,8 @@ def shaded(tokens, shade):
 
 @torch.no_grad()
 def active_rows(model, texts, latents):
-    """Returns a DataFrame of where latents are active in up to 100,000 held-out rows: latent, row
-    (of the held-out ones), strength, doc, pos and source. The strongest come first.
+    """Returns a DataFrame of where latents are active in the first 100 held-out batches: latent,
+    row (of the held-out ones), strength, doc, pos and source. The strongest come first.
     """
     latents = np.array(latents)
     parts = []
@@ -874,7 +874,8 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     by_source = by_group(texts.held_out, "source")
     size = texts.held_out.base.mean()
     row["relative_difference"] = texts.held_out.change.mean() / size
-    row["noise"] = 1e-4  # up to this share of A, B - A counts as no change
+    # up to this share of A, B - A counts as no change: float16 alone moves it by 3e-4
+    row["noise"] = 5e-4
     if texts.meta.get("rounding"):  # measured by collect.py
         layer = texts.meta["places"].index(data.names[0]) // 2  # each has base and finetuned
         row["rounding"] = texts.meta["rounding"][layer]
@@ -886,7 +887,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
 
     # what carries the change
     found = curve = spread = pd.DataFrame()
-    shares = {}  # of the change, that patches recover: none if it is too small
+    shares = {}  # of the drop in KL, by patch, as text; empty if that, or B - A, is too small
     if splice:
         models = load_models(texts, frequency.device)
         row["ranking_texts"] = len(texts.evenly(data.train_rows, -(-n_texts // 2)))
@@ -972,7 +973,7 @@ def open_run(run, device="auto"):
     """Returns a run's model, data, config and rows of metrics. `run` is its folder."""
     place = train.set_up(device)
     state = train.read_checkpoint(run)
-    here = dict(out_dir=run, steps=state["step"], device=device)
+    here = dict(out_dir=str(run), steps=state["step"], device=device)
     config = train.settings_of(state["config"] | here)
     data = train.open_data(config)
     with explain(f"--run={run}: its weights are not of its config and data"):

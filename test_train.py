@@ -1697,6 +1697,13 @@ def test_models_whose_activations_are_not_finite_are_refused_in_one_line(pairs, 
     with pytest.raises(SystemExit):
         collect.collect(collect_config(folder, finetuned="broken"))
     assert "activations are not finite" in capfd.readouterr().err
+    for name in ("base", "finetuned"):
+        model = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}")
+        model.model.layers[1].mlp.down_proj.weight.data.zero_()
+        model.save_pretrained(f"silent/{name}")
+        copy_tokenizer(f"{folder}/finetuned", f"silent/{name}")
+    collect.collect(collect_config("silent", text=f"{folder}/text.jsonl", site="mlp"))
+    assert "rows are alike" in error_of(capfd, run, "--data=acts")
 
 
 def test_pieces_are_as_short_as_the_text_model_and_longrope_ask(pairs):
@@ -1936,9 +1943,9 @@ def test_a_stream_holds_out_its_first_texts_whole_also_when_all_come_again_and_o
     texts = set().union(*ran[2:])
     assert len(texts) > 80 and len(ran) > 10
     assert texts & held_out <= {max(held_out)}, "but for other pieces of the last one"
-    again = collect.Stream(config, stream.texts_read)
+    again = collect.Stream(config, stream.docs_read)
     assert torch.equal(again.held_out[0], of_stream)
-    assert again.texts_read == stream.texts_read
+    assert again.docs_read == stream.docs_read
 
 
 def test_a_stream_trains_and_resumes_and_its_batches_are_rows_of_both_models(pairs, monkeypatch):
@@ -1947,19 +1954,19 @@ def test_a_stream_trains_and_resumes_and_its_batches_are_rows_of_both_models(pai
     run(*options.split(), "--shuffle_rows=500", *pair_arguments(folder))
     rows = [row for row in metrics("out") if "loss" in row]
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
-    read = checkpoint("out")["texts_read"]
+    read = checkpoint("out")["docs_read"]
     real = collect.Stream
     begun_at = []
 
-    def spy(config, texts_read):
-        begun_at.append(texts_read)
-        return real(config, texts_read)
+    def spy(config, docs_read):
+        begun_at.append(docs_read)
+        return real(config, docs_read)
 
     monkeypatch.setattr(collect, "Stream", spy)
     resume("--steps=70")  # goes on at the texts that were not yet read
     assert begun_at == [read]
     assert [row["step"] for row in metrics("out")][-3:] == [65, 70, 70]
-    assert checkpoint("out")["texts_read"] != read
+    assert checkpoint("out")["docs_read"] != read
 
     collect.collect(collect_config(folder, n_tokens=10_000))
     a, b = [np.array(load_from_disk(f"acts/{name}")["activation"]) for name in NAMES]
@@ -2489,7 +2496,7 @@ def test_texts_of_a_latent_are_had_in_python(pairs, capsys):
     store = train.Store(store_config(val_tokens=300))
     f = model.encode(torch.cat(list(store.held_out))).detach()
     j = (f > 0).sum(0).argmax().item()
-    found = report.texts_of("out", j, n=3)
+    found = report.texts_of(Path("out"), j, n=3)
     assert len(found) == 3 and max(found.activations[0]) == pytest.approx(f[:, j].max().item())
     ids = load_from_disk("acts/docs")["input_ids"][int(found.doc.iloc[0])]
     first = max(0, found.pos[0] - 16)
@@ -2906,10 +2913,11 @@ SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("noise", [0, 0.001])
+@pytest.mark.parametrize("noise", [0, 1e-5, 0.001])
 def test_of_the_same_model_twice_and_of_noise_no_share_is_printed_and_nothing_confirmed(
     pairs, noise, seed, capsys
 ):
+    differs = noise == 0.001  # 1e-5 is below what float16 makes of it
     folder, _ = pairs["gpt2"]
     shutil.copytree(folder, "null", ignore=shutil.ignore_patterns("acts"))
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
@@ -2918,7 +2926,7 @@ def test_of_the_same_model_twice_and_of_noise_no_share_is_printed_and_nothing_co
         p.data *= 1 + noise * torch.randn_like(p)
     model.save_pretrained("null/finetuned")
     collect.collect(collect_config("null", n_tokens=2500))
-    for basis in ["plain", "delta", "difference"] if noise else ["plain"]:
+    for basis in ["plain", "delta", "difference"] if differs else ["plain"]:
         out = f"--out_dir={basis}"
         options = f"--data=acts --seed={seed} --steps=200 --val_tokens=400".split()
         reported(*options, out, f"--basis={basis}")
@@ -2927,10 +2935,10 @@ def test_of_the_same_model_twice_and_of_noise_no_share_is_printed_and_nothing_co
         said = capsys.readouterr().out
         assert "%" not in said
         assert ("none is of one model" if basis == "difference" else ", 0 confirmed") in said
-        why = "change it by less than 0.01" if noise else "B - A is not above the noise"
+        why = "change it by less than 0.01" if differs else "B - A is not above the noise"
         assert re.search(f"No shares are given: .*{why}", said)
-        assert ("There is nothing to rank latents by" in said) == (not noise)
-        assert ("The models do not differ here\n" in said) == (not noise)
+        assert ("There is nothing to rank latents by" in said) == (not differs)
+        assert ("The models do not differ here\n" in said) == (not differs)
         assert not any("recovered_c" in key for key in metrics(basis)[-1])
         assert "-inf" not in page and "What it takes" not in page
 

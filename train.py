@@ -63,12 +63,12 @@ config = dict(
     # data
     data="toy",  # toy, path of a store, or stream (collects while training; takes its keys, too)
     places="base,finetuned",  # datasets of the store, such as base_7,finetuned_7; the first is A
-    val_tokens=-1,  # rows held out; 0: none; -1: 1% of a store, at least 8,192 (or a tenth)
+    val_tokens=-1,  # rows held out; 0: none; -1: 1%, at least 8,192, or a tenth of a small store
     rows_together=1,  # rows shuffled as one: take 64 to 256 if the store is larger than memory
     batch_size=1024,  # tokens per step, over all processes
     # model and losses
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
-    basis="plain",  # learns plain: (A, B); delta: (A, B - A), scaled alike; difference: B - A alone
+    basis="plain",  # learns (A, B); or delta: (A, B - A), with one mean norm; or difference: B - A
     d_hidden=512,  # number of latents
     dedicated=0.0,  # share of latents that only A may use; B gets the same share for itself
     k=32,  # active latents per token: at most (topk) or on average over the batch (batchtopk)
@@ -178,10 +178,10 @@ def write_atomically(path, write):
 
 # --- Data: raw activations, as the models put them out --------------------------------------------
 
-# For data of your own, call train(config, data=...) with an object that has n_models, d_model,
-# held_out, an iterable of batches [n, n_models, d_model], and batch(step), which returns this
-# process's rows [n, n_models, d_model]. A thread calls batch one step ahead. If the same step
-# always gives the same rows, a resumed run ends as an uninterrupted one.
+# For data of your own, call train(config, data=...) with an object that has n_models and d_model;
+# held_out (batches [n, n_models, d_model], which each validation iterates over); and batch(step),
+# which returns this process's rows [n, n_models, d_model]. A thread calls batch one step ahead. If
+# the same step always gives the same rows, a resumed run ends as an uninterrupted one.
 
 
 def share(rows):
@@ -338,7 +338,7 @@ def topk_places(y, k):
 
 
 def nth_largest(y, n):
-    """Returns the n-th largest number of y [any], or 0 if there are fewer."""
+    """Returns the n-th largest number of y [any], or 0 if fewer are over 0."""
     return F.pad(y, (0, n)).topk(n, sorted=False).values.min()
 
 
@@ -442,11 +442,11 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         return (W * self.mask if self.dedicated else W).flatten(1)
 
     def activate(self, pre, latent):
-        """Returns f. Change this for another activation. pre is [n] for a sparse code, [batch,
-        d_hidden] for a dense one. `latent` has the latent of each entry, or of each column. Take a
-        parameter p [d_hidden] as p.index_select(0, latent). f and its gradient must be 0 where
-        pre <= 0. Use thresholds, such as JumpReLU's, with vanilla: the others choose latents before
-        this.
+        """Returns f. Change this for another activation. pre and latent are the values and
+        latents of a SparseCode: [n] and [n], or [batch, d_hidden] and [d_hidden] if it is dense.
+        Take a parameter p [d_hidden] as p.index_select(0, latent). f and its gradient must be 0
+        where pre <= 0. Use thresholds, such as JumpReLU's, with vanilla: the others choose latents
+        before this.
         """
         return F.relu(pre)
 
@@ -550,8 +550,8 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         """Chooses the active latents by their scores, pre-activation * norm. Returns their
         pre-activations as a SparseCode, and the cut: scores >= cut are kept. In training, batchtopk
         first looks only at scores over 0.9 of its threshold. If they are too few, it calls itself
-        with twice the margin. It then looks over a lower cut, which margin * k scores a row exceed
-        in a sample of about 32 rows.
+        with twice the margin. That call looks at scores over a lower cut, which it estimates from
+        about 32 rows: there, margin * k scores a row exceed it.
         """
         norm = norm.clamp(min=1e-30)  # in vanilla, a latent whose decoder is 0 must recover
         is_searching = self.variant == "batchtopk" and self.training
@@ -743,12 +743,12 @@ def resolve(config):
     )
 
 
-def open_data(config, texts_read=0):
+def open_data(config, docs_read=0):
     """Opens the data that config["data"] names. A stream continues after the texts already read."""
     if config["data"] == "stream":
         from collect import Stream
 
-        return Stream(config, texts_read)
+        return Stream(config, docs_read)
     return Toy(config) if config["data"] == "toy" else Store(config)
 
 
@@ -817,14 +817,14 @@ def train(config, state=None, data=None):
     if not state:
         if (out / "checkpoint.pt").exists():
             fail(f"--out_dir={out} holds a run already: continue it by --resume=True")
-        state = dict(step=0, tokens=0, rows=[], texts_read=0, wandb_id=os.urandom(4).hex())
+        state = dict(step=0, tokens=0, rows=[], docs_read=0, wandb_id=os.urandom(4).hex())
     for key in ("variant", "basis", "dedicated"):
         if config[key] != state.get("config", config)[key]:
             fail(f"resuming cannot change --{key}")
 
     # data, model, optimiser
     torch.manual_seed(config["seed"])
-    data = data or open_data(config, state["texts_read"])
+    data = data or open_data(config, state["docs_read"])
     model = new_model(config, data).to(device)
     betas = (config["beta1"], config["beta2"])
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
@@ -864,7 +864,7 @@ def train(config, state=None, data=None):
     tokens = state["tokens"]
     size = config["batch_size"]
     reader = ThreadPoolExecutor(1)
-    # a run that is resumed with another batch_size goes on at the batch of as many tokens
+    # batches are counted by tokens: a run may be resumed with another batch_size
     coming = reader.submit(fetch, data, tokens // size, device)
     logged_at = saved_at = time.perf_counter()
     logged_tokens = tokens
@@ -925,7 +925,7 @@ def train(config, state=None, data=None):
             model.save_pretrained(out)
             state |= dict(config=config, step=step, tokens=tokens, model=model.state_dict())
             state["moments"] = optimizer.state_dict()["state"]
-            state["texts_read"] = getattr(data, "texts_read", 0)
+            state["docs_read"] = getattr(data, "docs_read", 0)
             write_atomically(out / "checkpoint.pt", partial(torch.save, state))
         if stop and step < steps:
             if rank == 0:
