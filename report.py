@@ -499,8 +499,8 @@ body { max-width: 96em; margin: 1.5em auto; padding: 0 1em } .wide, .svg { overf
 td, th { vertical-align: top; padding: 2px 5px !important; text-align: left }
 .dt-container, #latents, #latents td { background: none !important; color: inherit !important }
 #latents th { white-space: normal; font-size: 10px } #latents .dt-column-order { display: none }
-#latents td { font-size: 11px } #latents td:not(:has(.texts)) { white-space: nowrap }
-.texts { white-space: pre-wrap; width: 32em; max-width: 80vw; overflow-wrap: anywhere }
+#latents td { font-size: 11px } #latents td:has(> br) { white-space: nowrap }
+.texts { white-space: pre-wrap; width: 29em; max-width: 80vw; overflow-wrap: anywhere }
 .texts b { font-weight: normal; color: light-dark(black, white) }
 .texts b { background: light-dark(rgb(255 150 0/var(--s)), rgb(170 75 0/var(--s))) }
 meter { width: 20em }"""
@@ -508,37 +508,39 @@ meter { width: 20em }"""
 COLUMNS = dict(  # of the list of latents, and the names of patches: what each means
     latent="number of the latent",
     texts="the five held-out texts in which it is strongest; the darker, the stronger",
-    source="the source that has more of its 20 strongest rows than of all rows, and both shares",
-    promoted="tokens whose probability rises most if the base model gets its change",
-    writes="what the base model writes after three prompts if its change is added everywhere",
+    source="the source that has many more of its 20 strongest rows than of all rows: both shares",
+    promoted="of the first 20: tokens whose probability rises most if the base model gets its "
+    "change where it is strongest; writes: what the base model writes if it gets it everywhere",
     opening="opening: nearly all of its 20 strongest rows are at positions up to 10 of a text",
     position="median position in the text of its 20 strongest rows",
-    nats_per_token="first-order effect: by how much it lowers the KL divergence from B",
+    nats_per_token="estimate, of training texts: by how much its change in A would lower the KL "
+    "divergence from B, per token; what is negative raises it",
     change_per_token="change times frequency",
     relative_norm="share of B in its decoder norm: 0 is of the base model, 1 of the fine-tuned one",
     change="norm of d_B - d_A, its decoder vectors, over the sum of their norms; in the basis "
     "difference, over the mean of that norm",
     frequency="share of held-out rows in which it fires",
     cosine="of its decoder vectors in the two models",
-    kind="by relative_norm: base-only under 0.1, shared 0.4 to 0.6, fine-tuned-only over 0.9",
-    nu_r="latent scaling on reconstructions: how much the other model has of it; small: little",
+    kind="by relative_norm: base-only under 0.1, shared (though it may have turned) 0.4 to 0.6, "
+    "fine-tuned-only over 0.9, uneven between these",
+    nu_r="latent scaling on reconstructions: 1 if the other model has as much of it; small: little",
     nu_epsilon="the same on errors; small: the other model's error does not hide it either",
     confirmed="the model that alone has it: nu_r < 0.5, nu_epsilon < 0.2, in enough rows",
+    latents="of a crosscoder, a dictionary that is trained on the activations of both models: each "
+    "is active on few tokens, and then adds its decoder vector in A to A, and that in B to B",
     alive="a latent that fired in the last part of training (--dead_after)",
     clean="patch: the model's own activation is put back",
     spliced="patch: its reconstruction",
     zero="patch: zeros",
     all_of_B="patch: B's activation, put into A; what that takes away of the KL divergence is 100%",
-    chosen_n="patch: the constant and the first n latents, put into A; random_n: n at random",
-    refitted_n="patch: the same with directions and a constant that are fitted to B - A",
-    directions_n="patch: the part of B - A in its n largest singular directions, put into A",
+    random_n="patch: as chosen_n, with n latents at random",
     l0="active latents, or directions, per patched token",
 )
 
-EXPLAINED = dict(  # estimates of B that the page shows as bars; * needs B's activation
-    constant="the same vector, added everywhere",
+EXPLAINED = dict(  # patches of A that the page shows as bars; * needs B's activation
+    constant="the same vector everywhere: the difference of the decoder biases",
     rank_1="the mean change, and one direction whose strength an affine map reads from A",
-    map="an affine map of A",
+    map="an affine map of A, fitted to B - A",
     chosen_20="the constant and 20 latents *",
     refitted_20="the same 20 latents, with directions that are fitted to B - A *",
     chosen_100="the constant and 100 latents *",
@@ -617,7 +619,9 @@ def described(texts, active, examples):
     share = pd.crosstab(strongest.latent, strongest.source, normalize="index")
     usual = texts.held_out.source.value_counts(normalize=True)
     if len(usual) > 1:
-        for latent, source in (share - usual).idxmax(axis=1).items():
+        excess = share - usual
+        of_source = excess.idxmax(axis=1)[excess.max(axis=1) > 0.2]  # two standard deviations
+        for latent, source in of_source.items():
             of_all = f"{share.loc[latent, source]:.0%} (of all {usual[source]:.0%})"
             shown.loc[latent, "source"] = f"{html.escape(source)} {of_all}"
     of_latent = strongest.groupby("latent")
@@ -714,22 +718,21 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread, shares):
     differs = change > row["noise"]
     said = ["The models do not differ here"]
     if differs:
-        said = [f"B - A, what fine-tuning changed here, is {change:.2g} of A in size"]
+        said = [f"The activations of B and A here differ by {change:.2g} of A's norm"]
         if len(by_source) > 1:
             of_sources = by_source["||B - A|| / ||A||"].map("{:.2g}".format)
             said[0] += f" ({', '.join(f'{name} {y}' for name, y in of_sources.items())})"
     if "rounding" in row:
         said[0] += f"; rounding alone moves B - A by {row['rounding']:.2g} of A"
-    kinds = f"Of {d_hidden:,} latents {len(table):,} are alive"
+    kinds = f"Of {d_hidden:,} latents {len(table):,} are alive. "
     if len(table) and (table.kind == "none").all():
-        said.append(f"{kinds}. They are of B - A: none is of one model")
+        said.append(f"{kinds}They are of B - A: none is of one model")
     else:
+        kinds += "By their decoder norms "
         for kind in ("shared", "uneven", "base-only", "fine-tuned-only"):
-            kinds += f", {(table.kind == kind).sum():,} {kind}"
+            kinds += f"{(table.kind == kind).sum():,} {kind}, "
         n_confirmed = (table.confirmed != "").sum()
-        said.append(f"{kinds}, {n_confirmed:,} confirmed")
-        if n_confirmed == 0:
-            said.append("No latent is confirmed to be of one model alone")
+        said.append(f"{kinds}{n_confirmed:,} confirmed to be of one model alone")
     if "opening" in table and table.opening.any():
         n = (table.opening == "opening").sum()
         said.append(f"{n:,} are openings: nearly always strongest in a text's first ten tokens")
@@ -740,12 +743,12 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread, shares):
         if shares:
             part = 1 - kl.all_of_B / kl.clean_A
             said.append(f"{start}. B's activations, put into A here, take away {part:.0%} of it")
-            line = "Of that part, the constant recovers {constant}, one direction {rank_1}, an "
-            line += "affine map of A {map}; the constant and 20 latents {chosen_20} (refitted "
-            line += "{refitted_20}), 100 latents {chosen_100}, all {chosen_all}"
+            line = "Taking that as 100%, a constant vector recovers {constant}, one direction "
+            line += "{rank_1}, an affine map of A {map}; the constant and 20 latents {chosen_20} "
+            line += "(refitted {refitted_20}), 100 latents {chosen_100}, all {chosen_all}"
             said.append(line.format(**shares))
             if curve.recovered["map"] > curve.recovered.chosen_20:
-                said.append("The map needs nothing of B, and recovers more than the 20 latents")
+                said.append("The map reads A alone, and recovers more than the 20 latents")
         else:
             why = "B's activations, put into A here, change it by less than 0.01"
             if not differs:
@@ -762,11 +765,12 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread, shares):
 
 def bars(curve, shares):
     """Returns HTML of what it takes to explain the change, as bars."""
-    lines = ""
+    lines = "<tr><th>patch<th>what is added to A<th>recovers<th>L0"
     for name, meaning in EXPLAINED.items():
         bar = f'<meter value="{curve.recovered[name]:.2f}"></meter>'
-        lines += f"<tr><td>{meaning}<td>{bar} {shares[name]}"
-    return f"<table>{lines}</table><p>* needs B's activation. ± is the standard error over texts."
+        lines += f"<tr><td>{name}<td>{meaning}<td>{bar} {shares[name]}<td>{curve.l0[name]:.2g}"
+    lines += "</table><p>* needs B's activation. ± is the standard error over texts. "
+    return f"<table>{lines}L0: active latents, or directions, per token."
 
 
 def pictures(table, rows, curve, path):
@@ -783,15 +787,16 @@ def pictures(table, rows, curve, path):
     with rc_context(style):
         figure = Figure(figsize=(11, 4.8), layout="constrained")
         above, below = figure.subplots(2, 4)
-        training.plot("step", subplots=True, ax=below, marker=".", legend=False, title=names)
-        for axes, (label, (column, ends)) in zip(above, shown.items()):
+        titles = [f"training: {name}" for name in names]
+        training.plot("step", subplots=True, ax=above, marker=".", legend=False, title=titles)
+        for axes, (label, (column, ends)) in zip(below, shown.items()):
             axes.set_visible(column.notna().any())  # the basis difference has no cosine
             for kind, of_kind in column.groupby(table.kind):
                 axes.hist(of_kind, bins=50, range=ends, label=kind)
             axes.set(yscale="symlog", ylabel="latents", xlabel=label)
         if len(table):
-            above[0].legend(loc="upper left", fontsize=6)
-        axes = above[3]
+            below[0].legend(loc="upper left", fontsize=6)
+        axes = below[3]
         axes.set_visible("recovered" in curve)
         if "recovered" in curve:
             for name in ("chosen", "refitted", "random", "directions"):
@@ -809,7 +814,8 @@ def pictures(table, rows, curve, path):
 
 def to_html(table, **options):
     """Returns a DataFrame as HTML, with three digits of each float."""
-    return table.to_html(border=0, na_rep="", float_format="{:.3g}".format, **options)
+    options |= dict(border=0, index_names=False, na_rep="", float_format="{:.3g}".format)
+    return table.to_html(**options)
 
 
 def folded(tables, attribute=""):
@@ -828,7 +834,7 @@ def page_of(said, meta, above, latents, svg, below):
     options = dict(connected=False, maxBytes=0, allow_html=True, table_id="latents", order=[])
     options |= dict(showIndex=False, pageLength=25, classes="compact", style="width: 100%")
     options |= dict(text_in_header_can_be_selected=False)
-    columns = {name: html.escape(y) for name, y in COLUMNS.items()}
+    columns = {name: html.escape(y) for name, y in (COLUMNS | EXPLAINED).items()}
 
     def explained(name):
         return f'<span title="{columns[name]}">{name.replace("_", "<wbr>_")}</span>'
@@ -842,10 +848,11 @@ def page_of(said, meta, above, latents, svg, below):
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <title>What fine-tuning changed</title><meta name="viewport" content="width=device-width">
 {generate_init_offline_itables_html(itables.options.dt_bundle)}<style>{STYLE}</style>
-<h1>{said[0]}</h1><p>A is the base model, B the model fine-tuned from it. {what}</p>{lines}
+<h1>{said[0]}</h1><p>A is the base model, B the model fine-tuned from it. A crosscoder was trained
+on the activations of both. {what}</p>{lines}
 {folded(above, "open")}<h2>Latents</h2>
-<p>The first ones carry most of the change, if there is one. Search finds words of the texts, too;
-!opening leaves openings out. Hover explains columns.</p>
+<p>Sorted by nats_per_token, or by change_per_token if the models were not spliced. Search finds
+words of the texts, too; !opening leaves openings out. Hover explains columns.</p>
 <div class="wide">{every}</div><div class="svg">{svg}</div>{folded(below)}
 <details><summary>What the columns mean</summary><dl>{glossary}</dl><p>Latent scaling: arXiv
 2504.02922. Attribution patching: arXiv 2310.10348. Crosscoders:
@@ -933,7 +940,6 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         strength = table.strength[changing].dropna()
         changes = {latent: y * d_change[latent] for latent, y in strength.items()}
         promoted = promoted_by(texts, examples, models[0], changes)
-        table["promoted"] = table.index.map(promoted).fillna("")
         if generate:
             constant = estimates["constant"]
             steered = {name: estimates[name] for name in ("constant", "rank_1", "map")}
@@ -942,13 +948,13 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
             written = write_all(texts, models, steered)
             of_models = written.drop(columns=listed).T
             above["What the models write after three beginnings (greedily)"] = to_html(of_models)
-            writes = {}
             for latent in listed:
                 of_size = changes[latent].norm() / size
                 hover = f"a change of {of_size:.2g} of A's mean norm, added to A everywhere"
-                lines = as_texts([to_html(written[[latent]], header=False, index_names=False)])
-                writes[latent] = folded({"writes": lines}, f'title="{hover}"')
-            table["writes"] = table.index.map(writes).fillna("")
+                lines = [f"{prompt} → {text}" for prompt, text in written[latent].items()]
+                lines = as_texts(map(html.escape, lines))
+                promoted[latent] += folded({"writes": lines}, f'title="{hover}"')
+        table["promoted"] = table.index.map(promoted).fillna("")
     said = verdict(len(frequency), table, row, by_source, found, curve, spread, shares)
 
     # the page
@@ -957,9 +963,10 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     below["The run"] = to_html(run, header=False)
     svg = pictures(table, rows, curve, out / "report.svg")
     latents = table.loc[first].reset_index()
-    latents = latents.reindex(columns=list(COLUMNS)).dropna(axis=1, how="all")
-    if model.basis == "difference":  # no latent is of one model
-        latents = latents.drop(columns=["kind", "confirmed"])
+    latents = latents.reindex(columns=list(COLUMNS)).replace(["", "none"], np.nan)
+    latents = latents.dropna(axis=1, how="all")
+    words = latents.select_dtypes("str")
+    latents[words.columns] = words.fillna("")
     with pd.option_context("display.float_format", "{:.3g}".format):
         page = page_of(said, texts.meta, above, latents, svg, below)
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))

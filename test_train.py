@@ -2347,7 +2347,7 @@ def test_the_same_model_twice_has_no_exclusive_latents_and_no_difference(capsys)
         said = next(line for line in shown.splitlines() if "are alive" in line)
         with capsys.disabled():
             print(f"\n{variant}:", said)
-        assert "0 base-only, 0 fine-tuned-only, 0 confirmed" in said
+        assert "0 base-only, 0 fine-tuned-only, 0 confirmed to be" in said
         assert "The models do not differ here\n" in shown
     # dedicated latents so many that the shared ones do not suffice
     reported(*options, "--dedicated=0.4", "--out_dir=dedicated")
@@ -2837,12 +2837,14 @@ def test_the_list_the_verdict_and_the_curve_are_of_the_same_latents_in_one_order
         name: row[f"val/recovered_{name}"]
         for name in ("constant", "chosen_20", "map", "refitted_20")
     }
-    assert re.search(rf"constant recovers {share['constant']:.0%} ± [0-9]+%, one direction", said)
+    assert re.search(
+        rf"a constant vector recovers {share['constant']:.0%} ± [0-9]+%, one direc", said
+    )
     first = rf"the constant and 20 latents {share['chosen_20']:.0%} ± [0-9]+% "
     assert re.search(rf"{first}\(refitted {share['refitted_20']:.0%} ± [0-9]+%\), 100", said)
-    assert ("The map needs nothing of B" in said) == (share["map"] > share["chosen_20"])
+    assert ("The map reads A alone" in said) == (share["map"] > share["chosen_20"])
     of_layer = 1 - row["val/kl_all_of_B"] / row["val/kl_clean_A"]
-    assert f"take away {of_layer:.0%} of it\nOf that part, the constant recovers" in said
+    assert f"take away {of_layer:.0%} of it\nTaking that as 100%, a constant vector" in said
     assert "KL recovered" in page and "random" in page, "the picture"
     sizes = [f"val/l0_chosen_{n}" for n in (1, 5, 20, 100, "all")]
     assert 0 < row[sizes[0]] < row[sizes[1]] < row[sizes[2]] <= row[sizes[3]] <= row[sizes[4]]
@@ -2969,7 +2971,7 @@ def test_rounding_is_measured_and_said_and_a_change_below_it_is_none(pairs, caps
     reported(*options)
     said = capsys.readouterr().out
     assert f"; rounding alone moves B - A by {rounding[1]:.2g} of A\n" in said
-    assert "B - A, what fine-tuning changed here, is" in said
+    assert "The activations of B and A here differ by" in said
     change_meta(rounding=[0.0, 10.0])
     page = report.main(["--run=out", "--splice=True", "--n_texts=2"])
     said = capsys.readouterr().out
@@ -3402,7 +3404,7 @@ def test_confirmed_takes_both_nus_and_a_frequency_and_the_change_is_of_the_rows(
     model = reported("--steps=5", "--out_dir=out", "--d_hidden=96")
     a, b = Own(dict(batch_size=64)).held_out[0].unbind(1)
     size = (b - a).norm(dim=1).mean() / a.norm(dim=1).mean()
-    assert f"is {size:.2g} of A in size" in capsys.readouterr().out
+    assert f"differ by {size:.2g} of A's norm" in capsys.readouterr().out
 
     config = checkpoint("out")["config"] | dict(val_tokens=1024)
     data = Own(config)
@@ -3546,14 +3548,14 @@ def test_the_page_shows_escaped_what_the_first_latents_make_the_base_model_write
     change_meta(tokenizer="evil")
     reported("--data=acts", "--out_dir=out", "--steps=60", "--val_tokens=300")
     page = report.main(["--run=out", "--splice=True", "--generate=True", "--n_texts=4"])
-    writes = table_of(page).writes
-    assert writes[:10].str.count("<tr>").tolist() == [3] * 10
-    assert writes[:10].str.contains('title="a change of [0-9.e+-]+ of A').all()
-    assert not writes[10:].fillna("").str.len().any()
+    promoted = table_of(page).promoted
+    assert promoted[:10].str.count(" → ").tolist() == [3] * 10
+    assert promoted[:10].str.contains('title="a change of [0-9.e+-]+ of A').all()
+    assert not promoted[10:].str.contains(" → ").any()
     table = page.partition("What the models write")[2].partition("</table>")[0]
     rows = re.findall("<th>([a-z_0-9]+)</th>", table)
-    assert rows == "prompt base finetuned constant rank_1 map".split()
-    assert "&lt;i&gt;w" in table and "&lt;i&gt;w" in writes.iloc[0]
+    assert rows == "base finetuned constant rank_1 map".split()
+    assert "&lt;i&gt;w" in table and "&lt;i&gt;w" in promoted.iloc[0]
     assert "<i>w" not in page
 
 
