@@ -38,7 +38,9 @@ of shuffle_rows tokens. A token takes 4 bytes times d_model a layer, in memory a
 
 import fcntl
 import gc
+import glob
 import json
+import os
 import re
 import signal
 import sys
@@ -70,7 +72,8 @@ from nnsight import NNsight
 from nnsight.intervention.interleaver import OutOfOrderError
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto import modeling_auto
 from transformers.utils import has_file, logging
 
 # --- Config ---------------------------------------------------------------------------------------
@@ -136,7 +139,12 @@ def load(key, config, device):
         has_tokenizer = any(has_file(name, f"tokenizer{end}.json") for end in ("", "_config"))
         below = config["base"]
         if not has_file(name, "adapter_config.json"):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            auto = AutoModelForCausalLM
+            kind = AutoConfig.from_pretrained(name, **options).model_type
+            if kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+                if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+                    auto = modeling_auto.AutoModelForImageTextToText
+            model, found = auto.from_pretrained(
                 name,
                 dtype=config["dtype"],
                 device_map=config["device_map"] or device,
@@ -147,8 +155,9 @@ def load(key, config, device):
             assert not missing, f"its weights are not those of its config: no {min(missing)}"
             for unused in sorted(found["unexpected_keys"])[:1]:
                 print(f"--{key}={name} has weights that the model does not use: {unused}")
-            of_tokenizer = name if has_tokenizer else below
-            return model.eval(), AutoTokenizer.from_pretrained(of_tokenizer, **options)
+            if has_tokenizer:
+                below = name
+            return model.eval(), AutoTokenizer.from_pretrained(below, **options)
 
         if name == below:  # the base is an adapter, too: take the model under it
             below = PeftConfig.from_pretrained(name).base_model_name_or_path
@@ -157,14 +166,15 @@ def load(key, config, device):
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if len(tokenizer) > len(model.get_input_embeddings().weight):
             model.resize_token_embeddings(len(tokenizer))
+        kind = PeftConfig.from_pretrained(name)
         head = model.get_output_embeddings()
-        if head is not None:  # it may share its weights with the embedding: untie them
+        # It may share its weights with the embedding: untie them. New tokens are of both.
+        if head is not None and not getattr(kind, "trainable_token_indices", None):
             model.config.tie_word_embeddings = False
             head.weight = nn.Parameter(head.weight.clone())
         adapted = PeftModel.from_pretrained(model, name)
         for weight in adapted.load_adapter(name, "default").unexpected_keys:
             assert ".lora_" not in weight, f"its config does not name its weight {weight}"
-        kind = adapted.peft_config["default"]
         what = f"an adapter of kind {kind.peft_type.value} that cannot be merged"
         with explain(f"--{key}={name} is {what}"):
             assert not getattr(kind, "layer_replication", None)
@@ -243,7 +253,7 @@ def read_docs(config, tokenizer, dropped):
     ends, the others continue. Counts in the Counter `dropped` what `read_source` leaves out.
     """
     text = config["text"]
-    names = [text] if Path(text).exists() else text.split(",")
+    names = [text] if os.path.exists(text) else text.split(",")
     given = config["text_share"] or ",".join("1" * len(names))
     what = f"--text={','.join(names)} --text_share={given}: expected each once, shares over 0"
     with explain(what):
@@ -271,7 +281,9 @@ def read_source(name, config, tokenizer, dropped):
     """
     ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
     begin = [i for i in tokenizer("")["input_ids"] if i not in ends] or [tokenizer.bos_token_id]
-    file = Path(name).name if Path(name).exists() else name
+    file = Path(name).name
+    if not Path(name).exists() or config["text"].count(file) > 1:
+        file = name
     usual = ("text", "messages", "conversations")
     n_refused = 0
     for number, row in enumerate(read_rows(name, config)):
@@ -285,7 +297,7 @@ def read_source(name, config, tokenizer, dropped):
         is_chat = not isinstance(text, str) or CHAT_IN_TEXT.match(text)
         try:
             if is_chat:
-                text = render(read_json(text), read_json(row.get("tools")), tokenizer)
+                text = render(read_json(text), read_json(row.get("tools") or None), tokenizer)
         except Exception as e:  # whatever a template raises
             dropped["refused_row"] += 1
             n_refused += 1
@@ -322,6 +334,11 @@ def read_json(y):
     return json.loads(text, object_hook=without_nulls)
 
 
+# what templates call who speaks in a chat
+ROLES = dict(human="user", user="user", system="system", assistant="assistant")
+ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
+
+
 def render(chat, tools, tokenizer):
     """Returns the text of a chat, a list of turns with role and content, or with from and value, as
     ShareGPT has. Raises an error if the template does, or if the last 30 characters that a user or
@@ -334,10 +351,11 @@ def render(chat, tools, tokenizer):
     said = []  # (role, words that must be in the text)
     for turn in chat:
         role = turn.get("role", turn.get("from"))
-        role = dict(human="user", gpt="assistant", bot="assistant").get(role, role)
+        role = ROLES.get(str(role).lower(), role)
         content = turn.get("content", turn.get("value"))
         if isinstance(content, list):
-            content = "".join(part["text"] for part in content if part["type"] == "text")
+            parts = [dict(text=part) if isinstance(part, str) else part for part in content]
+            content = "".join(part.get("text", "") for part in parts) or None
         if content is None and "tool_calls" in turn:
             content = ""
         assert isinstance(content, str), f"a turn has no content: {turn}"
@@ -345,7 +363,7 @@ def render(chat, tools, tokenizer):
         in_parts.append(turns[-1] | dict(content=[dict(type="text", text=content)]))
         for call in turn.get("tool_calls", []):
             said.append((role, call.get("function", call)["name"]))
-        if role not in ("system", "tool"):  # templates may rewrite these
+        if role not in ("system", "tool", "ipython"):  # templates may rewrite these
             said.append((role, content.strip()[-30:]))  # reasoning before it may be left out
     forms = [turns]
     if "'type'" in str(tokenizer.chat_template):  # it may read the parts of a content
@@ -374,10 +392,14 @@ def read_rows(name, config):
                 kind = ("json", {})
                 for suffix in path.suffixes:  # .zst may follow
                     kind = _EXTENSION_TO_MODULE.get(suffix.lower(), kind)
-                builder = load_dataset_builder(kind[0], data_files=name, **kind[1])
+                here = name if "://" in name else glob.escape(name)
+                builder = load_dataset_builder(kind[0], data_files=here, **kind[1])
                 split = "train"
             elif path.exists():
                 builder = load_dataset_builder(name)
+                n_read = len(builder.config.data_files.get(split, []))
+                n_files = sum(file.is_file() for file in path.rglob("*"))
+                print(f"--text={name}: split {split} has {n_read} of {n_files} files")
             else:  # of the hub, perhaps with a configuration
                 builder = load_dataset_builder(*name.split(":", 1))
             if hasattr(builder.config, "sample_by"):  # of .txt, also in a folder
@@ -461,9 +483,10 @@ class Harvest:
         while sample := take_docs(docs, 4096):
             raw, rows = self.run(sample)
             kept = rows[rows.dropped.isna()]
-            if len(kept):
+            not_finite = (rows.dropped == "over_float16").mean()
+            if len(kept) and not_finite < 0.5:
                 break
-            if "over_float16" in set(rows.dropped):
+            if not_finite:
                 fail(f"activations are not finite: another --dtype than {config['dtype']}?")
         else:
             fail(f"--text={config['text']}: no token is left; dropped: {self.left_out}")

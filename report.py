@@ -78,7 +78,7 @@ class Texts:
         with explain(f"--data={path}: its docs do not fit its rows"):
             self.meta = json.loads((path / "meta.json").read_text())
             docs = load_from_disk(path / "docs")
-            rows = data.columns.to_pandas()
+            rows = data.columns.select(["doc", "pos", "token"]).to_pandas()
             rows["source"] = pd.Categorical(docs["source"])[rows.doc]
             self.rows = rows
             self.ids = docs.data.column("input_ids").combine_chunks()
@@ -203,8 +203,9 @@ def latent_scaling(model, batches):
 
 def latents_of(model, data, frequency, dead_after, n_rows):
     """Returns `compare` with the columns of `latent_scaling` and with `confirmed`, the model that
-    alone has the latent, or "". For that nu_r and nu_epsilon must be small, and it must fire in 20
-    of the n_rows held-out rows, or in 1% if they are fewer than 2,000.
+    alone has the latent, or "". For that nu_r and nu_epsilon must be small, and the kind not shared
+    (as it is if d_A and d_B are as long but turned). It must fire in 20 of the n_rows held-out
+    rows, or in 1% if they are fewer than 2,000.
     """
     table = compare(model, frequency, dead_after)
     table["confirmed"] = ""
@@ -212,7 +213,8 @@ def latents_of(model, data, frequency, dead_after, n_rows):
         return table
     table = table.join(latent_scaling(model, data.held_out))
     least = min(20 / n_rows, 0.01)
-    sure = table.query(f"nu_r < 0.5 and nu_epsilon < 0.2 and frequency >= {least}")
+    small = "nu_r < 0.5 and nu_epsilon < 0.2 and kind != 'shared'"
+    sure = table.query(f"{small} and frequency >= {least}")
     table.loc[sure.index, "confirmed"] = np.where(sure.relative_norm > 0.5, "fine-tuned", "base")
     return table
 
@@ -466,17 +468,17 @@ def splice_in(crosscoder, texts, models, n_texts, estimates):
     return found
 
 
-def curve_of(found):
+def curve_of(found, least=0.01):
     """Returns a DataFrame by name of patch, for the rows of splice_in: l0 per patched position, ce
     and kl in nats per token, and recovered: the drop in kl from clean_A, over the drop by
-    `all_of_B`. There is no column recovered if that drop is below 0.01, and it is nan for patches
-    of B and for zero_A.
+    `all_of_B`. There is no column recovered if that drop is below `least`, and it is nan for
+    patches of B and for zero_A.
     """
     sums = found.groupby("name", sort=False).sum(numeric_only=True)
     names = ["l0", "ce", "kl"]
     curve = sums[names] / sums[[f"n_{name}" for name in names]].to_numpy()
     gap = curve.kl.clean_A - curve.kl.all_of_B
-    if gap >= 0.01:
+    if gap >= least:
         of_base = curve.kl.drop(["clean_B", "spliced_B", "zero_B", "zero_A"], errors="ignore")
         curve["recovered"] = (curve.kl.clean_A - of_base) / gap
     return curve
@@ -487,7 +489,7 @@ def spread_of(found):
     n = found.text.nunique()
     if n == 1:
         return curve_of(found) * np.nan  # one text has no spread
-    curves = pd.concat(curve_of(found[found.text != text]) for text in range(n))
+    curves = pd.concat(curve_of(found[found.text != text], -np.inf) for text in range(n))
     return curves.groupby(level=0, sort=False).std() * (n - 1) / n**0.5
 
 
@@ -501,31 +503,34 @@ td, th { vertical-align: top; padding: 2px 5px !important; text-align: left }
 #latents th { white-space: normal; font-size: 10px } #latents .dt-column-order { display: none }
 #latents td { font-size: 11px } #latents td:has(> br) { white-space: nowrap }
 .texts { white-space: pre-wrap; width: 29em; max-width: 80vw; overflow-wrap: anywhere }
+details .texts { width: 14em }
 .texts b { font-weight: normal; color: light-dark(black, white) }
 .texts b { background: light-dark(rgb(255 150 0/var(--s)), rgb(170 75 0/var(--s))) }
 meter { width: 20em }"""
 
 COLUMNS = dict(  # of the list of latents, and the names of patches: what each means
     latent="number of the latent",
-    texts="the five held-out texts in which it is strongest; the darker, the stronger",
+    texts="the five texts, of the first 100 batches of held-out rows, in which it is strongest; "
+    "the darker, the stronger",
     source="the source that has many more of its 20 strongest rows than of all rows: both shares",
-    promoted="of the first 20: tokens whose probability rises most if the base model gets its "
-    "change where it is strongest; writes: what the base model writes if it gets it everywhere",
+    promoted="for the first 20 latents: tokens whose probability rises most if A gets its change "
+    "where it is strongest; writes: what A writes if it gets that change everywhere (first 10)",
     opening="opening: nearly all of its 20 strongest rows are at positions up to 10 of a text",
     position="median position in the text of its 20 strongest rows",
-    nats_per_token="estimate, of training texts: by how much its change in A would lower the KL "
-    "divergence from B, per token; what is negative raises it",
+    nats_per_token="estimate, from training texts: by how much its change, put into A, lowers the "
+    "KL divergence from B; positive: it takes A towards B",
     change_per_token="change times frequency",
     relative_norm="share of B in its decoder norm: 0 is of the base model, 1 of the fine-tuned one",
-    change="norm of d_B - d_A, its decoder vectors, over the sum of their norms; in the basis "
-    "difference, over the mean of that norm",
+    change="norm of d_B - d_A, its decoder vectors, over the sum of their norms (with "
+    "--basis=difference, over the mean of that norm)",
     frequency="share of held-out rows in which it fires",
     cosine="of its decoder vectors in the two models",
     kind="by relative_norm: base-only under 0.1, shared (though it may have turned) 0.4 to 0.6, "
     "fine-tuned-only over 0.9, uneven between these",
     nu_r="latent scaling on reconstructions: 1 if the other model has as much of it; small: little",
     nu_epsilon="the same on errors; small: the other model's error does not hide it either",
-    confirmed="the model that alone has it: nu_r < 0.5, nu_epsilon < 0.2, in enough rows",
+    confirmed="the model that alone has it: nu_r < 0.5, nu_epsilon < 0.2, kind not shared, in "
+    "enough rows",
     latents="of a crosscoder, a dictionary that is trained on the activations of both models: each "
     "is active on few tokens, and then adds its decoder vector in A to A, and that in B to B",
     alive="a latent that fired in the last part of training (--dead_after)",
@@ -601,7 +606,7 @@ def examples_of(texts, active, n=5):
 
 def as_texts(lines):
     """Returns HTML of lines of HTML, in a column that is wide enough for texts."""
-    return f'<div class="texts">{"<br>".join(lines)}</div>'
+    return f'<div class="texts">{"".join(f"<p>{line}" for line in lines)}</div>'
 
 
 def described(texts, active, examples):
@@ -622,8 +627,8 @@ def described(texts, active, examples):
         excess = share - usual
         of_source = excess.idxmax(axis=1)[excess.max(axis=1) > 0.2]  # two standard deviations
         for latent, source in of_source.items():
-            of_all = f"{share.loc[latent, source]:.0%} (of all {usual[source]:.0%})"
-            shown.loc[latent, "source"] = f"{html.escape(source)} {of_all}"
+            shares = f"{share.loc[latent, source]:.0%} (usual: {usual[source]:.0%})"
+            shown.loc[latent, "source"] = f"{html.escape(source)} {shares}"
     of_latent = strongest.groupby("latent")
     shown["position"] = of_latent.pos.median()
     shown["strength"] = of_latent.strength.mean()
@@ -739,7 +744,8 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread, shares):
     if len(curve):
         kl = curve.kl
         of = f"{found.text.nunique()} texts, {found.n_kl[found.name == 'clean_A'].sum():,} tokens"
-        start = f"KL(B || A) is {kl.clean_A:.2g} ± {spread.kl.clean_A:.1g} nats a token ({of})"
+        size = f"{kl.clean_A:.2g} ± {spread.kl.clean_A:.1g}".removesuffix(" ± nan")  # one text
+        start = f"KL(B || A) is {size} nats a token ({of})"
         if shares:
             part = 1 - kl.all_of_B / kl.clean_A
             said.append(f"{start}. B's activations, put into A here, take away {part:.0%} of it")
@@ -827,9 +833,9 @@ def folded(tables, attribute=""):
     return lines
 
 
-def page_of(said, meta, above, latents, svg, below):
-    """Returns the page, a file that fetches nothing: the verdict, tables {title: HTML}, the list of
-    latents, the pictures, and more tables.
+def page_of(said, meta, names, above, latents, svg, below):
+    """Returns the page, a file that fetches nothing: the verdict, the names of A and B, tables
+    {title: HTML}, the list of latents, the pictures, and more tables.
     """
     options = dict(connected=False, maxBytes=0, allow_html=True, table_id="latents", order=[])
     options |= dict(showIndex=False, pageLength=25, classes="compact", style="width: 100%")
@@ -843,16 +849,17 @@ def page_of(said, meta, above, latents, svg, below):
     glossary = "".join(f"<dt>{name}</dt><dd>{y}</dd>" for name, y in columns.items())
     said = [html.escape(line) for line in said]
     lines = "".join(f"<p>{line}.</p>" for line in said[1:])
-    place = str(meta.get("hooks", "")).strip("[]")
-    what = html.escape(f"{meta.get('base', '')} -> {meta.get('finetuned', '')} {place}")
+    what = html.escape(f"A is {names[0]}, B is {names[1]}")
+    of = html.escape(f"{meta.get('base', '')} → {meta.get('finetuned', '')}")
+    order = "nats_per_token" if "nats_per_token" in latents else "change_per_token"
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <title>What fine-tuning changed</title><meta name="viewport" content="width=device-width">
 {generate_init_offline_itables_html(itables.options.dt_bundle)}<style>{STYLE}</style>
-<h1>{said[0]}</h1><p>A is the base model, B the model fine-tuned from it. A crosscoder was trained
-on the activations of both. {what}</p>{lines}
+<h1>{said[0]}</h1><p>{what}: activations of a base model, and of the model fine-tuned from it. A
+crosscoder was trained on both. {of}</p>{lines}
 {folded(above, "open")}<h2>Latents</h2>
-<p>Sorted by nats_per_token, or by change_per_token if the models were not spliced. Search finds
-words of the texts, too; !opening leaves openings out. Hover explains columns.</p>
+<p>Sorted by {order}. Search finds words of the texts, too; !opening leaves openings out. Hover
+explains columns.</p>
 <div class="wide">{every}</div><div class="svg">{svg}</div>{folded(below)}
 <details><summary>What the columns mean</summary><dl>{glossary}</dl><p>Latent scaling: arXiv
 2504.02922. Attribution patching: arXiv 2310.10348. Crosscoders:
@@ -883,7 +890,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     row["relative_difference"] = texts.held_out.change.mean() / size
     # up to this share of A, B - A counts as no change: float16 alone moves it by 3e-4
     row["noise"] = 5e-4
-    if texts.meta.get("rounding"):  # measured by collect.py
+    if texts.meta.get("rounding") and data.names[0] in texts.meta["places"]:
         layer = texts.meta["places"].index(data.names[0]) // 2  # each has base and finetuned
         row["rounding"] = texts.meta["rounding"][layer]
         row["noise"] = max(row["noise"], 1.5 * row["rounding"])
@@ -909,7 +916,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
         spread = spread_of(found)[curve.columns]
         if "recovered" in curve:
             for name, y in curve.recovered.items():
-                shares[name] = f"{y:.0%} ± {spread.recovered[name]:.0%}"
+                shares[name] = f"{y:.0%} ± {spread.recovered[name]:.0%}".removesuffix(" ± nan%")
             above["What it takes to recover that"] = bars(curve, shares)
         for m in "AB"[model.basis == "difference" :]:  # in that basis A is passed on as it is
             clean, spliced, zero = curve.ce[[f"clean_{m}", f"spliced_{m}", f"zero_{m}"]]
@@ -968,7 +975,8 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     words = latents.select_dtypes("str")
     latents[words.columns] = words.fillna("")
     with pd.option_context("display.float_format", "{:.3g}".format):
-        page = page_of(said, texts.meta, above, latents, svg, below)
+        names = getattr(data, "names", ["base", "finetuned"])
+        page = page_of(said, texts.meta, names, above, latents, svg, below)
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))
     print("\n".join(said), f"\nreport: {out / 'report.html'}")
     if hasattr(data, "directions") and model.basis != "difference":

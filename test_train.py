@@ -46,6 +46,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     Gemma3Config,
     GPT2Config,
@@ -812,6 +813,7 @@ def test_rows_are_shuffled_in_runs_of_neighbours():
     runs = store.shuffled(0).reshape(160, 8)
     assert (np.diff(runs) == 1).all()
     assert (runs[:, 0] % 8 == 0).all() and np.diff(runs[:, 0]).std() > 100
+    train.Store(store_config(rows_together=10**14)).batch(0)
 
 
 def test_no_row_of_a_held_out_text_is_ever_trained_on_over_epochs_and_processes(
@@ -937,15 +939,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant, monkeypa
     assert any(row.get("aux_loss", 0) > 0 for row in metrics("whole"))
 
 
-def test_an_optimiser_that_a_user_edits_in_trains_and_resumes_bit_for_bit(monkeypatch):
-    def sgd(parameters, lr, **options_of_adam):
-        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+@pytest.mark.parametrize(
+    ("kind", "options", "names"),
+    [
+        (torch.optim.SGD, dict(momentum=0.9), ["momentum_buffer"]),
+        (torch.optim.Adafactor, {}, ["step", "row_var", "col_var"]),
+    ],
+)
+def test_an_optimiser_that_a_user_edits_in_trains_and_resumes_bit_for_bit(
+    monkeypatch, kind, options, names
+):
+    def new(parameters, lr, **options_of_adam):
+        return kind(parameters, lr=lr, **options)
 
-    monkeypatch.setattr(train.torch.optim, "Adam", sgd)
+    monkeypatch.setattr(train.torch.optim, "Adam", new)
     assert_resuming_changes_nothing(monkeypatch, "--lr=0.1")
-    assert all(
-        list(state) == ["momentum_buffer"] for state in checkpoint("out")["moments"].values()
-    )
+    assert list(checkpoint("out")["moments"][0]) == names
     rows = [row for row in metrics("out") if "loss" in row]
     assert rows[-1]["loss"] < 0.95 * rows[0]["loss"]
 
@@ -1531,9 +1540,27 @@ def test_texts_come_from_every_kind_of_source(pairs):
     assert [(doc["text"], doc["input_ids"]) for doc in docs] == [(0, [1, 3, 4, 5]), (0, [1, 6, 7])]
 
 
+def test_a_file_is_read_by_its_own_name_and_files_of_one_name_are_two_sources(pairs, capsys):
+    folder, _ = pairs["llama"]
+    tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
+    texts = {"a[1].txt": "w1", "a1.txt": "w2", "b/a[1].txt": "w3", "c/train_of.txt": "w4"}
+    long = [f"a_file_of_a_long_name_{i:03d}.txt" for i in range(12)]
+    texts |= {"c/x.txt": "w5"} | dict.fromkeys(long, "w6")
+    for name, text in texts.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    names = ",".join(["a[1].txt", "b/a[1].txt", *long])
+    docs = list(collect.read_docs(collect_config(folder, text=names), tokenizer, {}))
+    found = {doc["source"]: doc["input_ids"] for doc in docs}
+    assert len(found) == 14 and found["a[1].txt"] == [1, 4] and found["b/a[1].txt"] == [1, 6]
+    docs = list(collect.read_docs(collect_config(folder, text="c"), tokenizer, {}))
+    assert [doc["input_ids"] for doc in docs] == [[1, 7]]
+    assert "split train has 1 of 2 files" in capsys.readouterr().out
+
+
 def turns_of(kind, *texts):
     """A chat in the form that some datasets have."""
-    roles = itertools.cycle([("user", "human"), ("assistant", "gpt")])
+    roles = itertools.cycle([("user", "Human"), ("assistant", "gpt")])
     made = []
     for (role, name), text in zip(roles, texts):
         made.append(
@@ -1542,6 +1569,8 @@ def turns_of(kind, *texts):
                 "names": dict(role=name, content=text),
                 "sharegpt": {"from": name, "value": text},
                 "parts": dict(role=role, content=[dict(type="text", text=text)]),
+                "input": dict(role=role, content=[dict(type="input_text", text=text)]),
+                "strings": dict(role=role, content=text.split(" ", 1)[:1] + [" ", text[3:]]),
             }[kind]
         )
     return made
@@ -1551,7 +1580,7 @@ CHAT = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}"
 CHAT += "<s> {{ m.content }} {% endif %}{% endfor %}"
 
 
-@pytest.mark.parametrize("kind", ["messages", "names", "sharegpt", "parts"])
+@pytest.mark.parametrize("kind", ["messages", "names", "sharegpt", "parts", "input", "strings"])
 def test_chats_of_every_form_are_rendered_alike(pairs, kind):
     folder, _ = pairs["llama"]
     tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
@@ -1625,7 +1654,7 @@ def test_messages_written_as_json_and_files_with_two_suffixes_are_read_as_what_t
     tokenizer = collect.load("base", collect_config(folder), "cpu")[1]
     tokenizer.chat_template = CHAT
     turns = json.dumps(turns_of("messages", "w1 w2", "w3"))
-    Dataset.from_dict(dict(messages=[turns])).to_parquet("chat.parquet")
+    Dataset.from_dict(dict(messages=[turns], tools=[""])).to_parquet("chat.parquet")
     Path("chat.csv.jsonl").write_text(json.dumps(dict(messages=turns)))
     Dataset.from_dict(dict(messages=[turns])).with_format("numpy").save_to_disk("saved")
     Path("text.jsonl").write_text(json.dumps(dict(text=turns)))
@@ -1696,6 +1725,13 @@ def test_models_whose_activations_are_not_finite_are_refused_in_one_line(pairs, 
     copy_tokenizer(f"{folder}/finetuned", "broken")
     with pytest.raises(SystemExit):
         collect.collect(collect_config(folder, finetuned="broken"))
+    assert "activations are not finite" in capfd.readouterr().err
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+    model.model.embed_tokens.weight.data[20:] = np.nan  # only what comes before them is finite
+    model.save_pretrained("nearly")
+    copy_tokenizer(f"{folder}/finetuned", "nearly")
+    with pytest.raises(SystemExit):
+        collect.collect(collect_config(folder, finetuned="nearly"))
     assert "activations are not finite" in capfd.readouterr().err
     for name in ("base", "finetuned"):
         model = AutoModelForCausalLM.from_pretrained(f"{folder}/{name}")
@@ -1775,11 +1811,16 @@ def test_a_head_that_is_tied_to_the_embedding_is_untied_before_an_adapter_is_mer
     config = LlamaConfig.from_pretrained(f"{folder}/base", tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).save_pretrained("tied")
     copy_tokenizer(f"{folder}/base", "tied")
-    for target in ("lm_head", "embed_tokens"):
+    for target in ("lm_head", "embed_tokens", "q_proj"):
         base = AutoModelForCausalLM.from_pretrained("tied")
         assert base.lm_head.weight is base.model.embed_tokens.weight
         options = dict(r=4, target_modules=[target], init_lora_weights=False)
+        if target == "q_proj":  # new tokens are trained in the embedding and the head
+            options["trainable_token_indices"] = [5, 6]
         adapted = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+        for name, p in adapted.named_parameters():
+            if "tokens_delta" in name:
+                torch.nn.init.normal_(p)
         adapted.save_pretrained(f"adapter-{target}")
         config = collect_config(folder, base="tied", finetuned=f"adapter-{target}")
         model, _ = collect.load("finetuned", config, "cpu")
@@ -2012,6 +2053,28 @@ def test_collecting_the_impossible_gets_one_line_and_leaves_nothing(pairs, capfd
     assert end.value.code == 2
     assert said in capfd.readouterr().err and "Traceback" not in said
     assert set(Path().iterdir()) == before
+
+
+def test_a_vision_language_model_is_hooked_in_its_text_model(pairs):
+    folder, _ = pairs["llama"]
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    vision = size | dict(model_type="clip_vision_model", image_size=32, patch_size=8)
+    text = size | dict(model_type="llama", vocab_size=63)
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=vision)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained("seeing")
+    copy_tokenizer(f"{folder}/base", "seeing")
+    given = dict(base="seeing", finetuned="seeing", layer="1", shuffle_rows=2000)
+    collect.collect(collect_config(folder, **given))
+    rows = load_from_disk("acts/base").with_format("numpy")[:50]
+    docs = load_from_disk("acts/docs")["input_ids"]
+    seen = []
+    block = model.get_decoder().layers[1]
+    block.register_forward_hook(lambda *args: seen.append(collect.hidden(args[2])[0]))
+    for doc in rows["doc"]:
+        model(torch.tensor([docs[doc]]), use_cache=False)
+    expected = torch.stack([y[pos] for y, pos in zip(seen, rows["pos"])]).detach().numpy()
+    np.testing.assert_allclose(rows["activation"], expected, rtol=1e-2, atol=1e-3)
 
 
 KINDS = "llama gemma2 gemma3_text qwen3 gpt_neox opt gpt2 mamba mixtral phi falcon gemma4_text"
@@ -2408,7 +2471,7 @@ def test_texts_are_the_five_whose_tokens_a_latent_fires_on_most_with_the_tokens_
         best = {}
         for _, i in sorted(rows):
             best.setdefault(doc[i], pos[i])
-        lines = re.sub("</?div[^>]*>", "", shown).split("<br>")
+        lines = re.sub("</?div[^>]*>", "", shown).split("<p>")[1:]
         assert len(lines) == min(5, len(best))
         for line, (of_doc, at) in zip(lines, list(best.items())):
             ids = texts.doc(int(of_doc))
@@ -2545,6 +2608,14 @@ def test_the_spread_of_a_figure_is_its_standard_error_over_texts():
     one = report.spread_of(found[found.text == 0])
     assert one.kl.isna().all() and len(one) == 3
 
+    names = ["clean_B", "clean_A", "all_of_B", "constant"] * 2
+    kl = [0, 10.6, 10, 10.5, 0, 10.04, 10, 10.01]  # a small gap, mostly of the first text
+    few = pd.DataFrame(dict(name=names, kl=kl, text=[0] * 4 + [1] * 4, source="a", l0=0, ce=0))
+    few = few.assign(n_l0=10, n_ce=9, n_kl=10)
+    without = [0.01 / 0.06, 0.03 / 0.04]
+    assert report.curve_of(few).recovered.constant == pytest.approx(0.013 / 0.064)
+    assert report.spread_of(few).recovered.constant == pytest.approx(np.std(without), rel=1e-3)
+
 
 def test_letters_of_several_tokens_are_shown_whole():
     ids = list("wie être, naïf – 你".encode())  # a token a byte, as byte-level ones may be
@@ -2630,7 +2701,7 @@ def test_of_several_sources_that_of_a_latents_strongest_rows_is_named_with_its_s
     model.b_enc = torch.zeros(16)
     active = report.active_rows(model, texts, [0])
     found = report.described(texts, active, report.examples_of(texts, active))
-    assert found.source[0] == f"b.jsonl 100% (of all {of_b.mean():.0%})"
+    assert found.source[0] == f"b.jsonl 100% (usual: {of_b.mean():.0%})"
 
 
 def html_of(token):
@@ -3065,6 +3136,24 @@ class Own:
         return x.repeat(1, 2, 1) * torch.tensor([[1.0], [2.0]]) + 0.1
 
 
+def test_data_that_holds_no_rows_out_gets_one_line_before_it_is_trained_on(capsys):
+    config = settings(*SMALL, "--out_dir=out", "--val_tokens=64")
+    data = Own(config)
+    data.held_out = []
+    assert "--val_tokens=0" in error_of(capsys, train.train, config, None, data)
+
+
+def test_a_store_with_columns_and_places_of_ones_own_is_reported(pairs):
+    collect.collect(collect_config(pairs["gpt2"][0]))
+    for name in NAMES:
+        rows = load_from_disk(f"acts/{name}")
+        rows.add_column("change", [0] * len(rows)).save_to_disk(f"acts/my_{name}")
+    change_meta(rounding=[0.1])
+    options = ["--data=acts", "--places=my_finetuned,my_base", "--steps=5", "--val_tokens=300"]
+    reported(*options, "--out_dir=out")
+    assert "A is my_finetuned, B is my_base" in Path("out/report.html").read_text()
+
+
 def test_data_of_ones_own_is_reported_without_texts_or_score_and_cannot_be_spliced(
     capsys, monkeypatch
 ):
@@ -3414,12 +3503,14 @@ def test_confirmed_takes_both_nus_and_a_frequency_and_the_change_is_of_the_rows(
     nu = pd.DataFrame(dict(nu_r=[0.4] * 96, nu_epsilon=[0.1] * 96))
     nu.loc[5, "nu_r"] = 0.6
     nu.loc[6, "nu_epsilon"] = 0.3
+    model.W_dec.data[8:, 0] *= 3
+    model.W_dec.data[:7, 1] *= 3  # the seventh stays shared
     real = train.validate
     monkeypatch.setattr(train, "validate", lambda *given: (real(*given)[0], frequency))
     monkeypatch.setattr(report, "latent_scaling", lambda *given: nu)
     report.report(model, data, config, [])
     table = pd.read_csv("out/latents.csv", index_col="latent")
-    assert sorted(table.index[table.confirmed.isna()]) == [0, 5, 6]
+    assert sorted(table.index[table.confirmed.isna()]) == [0, 5, 6, 7]
     is_of_b = table.confirmed.dropna() == "fine-tuned"
     assert (is_of_b == (table.relative_norm[is_of_b.index] > 0.5)).all(), "of which model"
 
@@ -3935,6 +4026,7 @@ def test_a_disk_that_is_full_when_the_weights_are_written_leaves_all_as_it_was(c
     assert checkpoint("out")["step"] == 10, "weights come first: they are never older"
     assert Path("out/model.safetensors").read_bytes() == before
     assert not list(Path("out").glob("*.part"))
+    train.CrossCoder.from_pretrained("out")
     resume("--steps=20")
     assert Path("out/model.safetensors").read_bytes() != before
 
@@ -4031,7 +4123,7 @@ def test_what_is_given_beside_resume_is_what_the_run_goes_on_with():
 
 def test_what_the_parameters_mean_cannot_be_changed_when_a_run_goes_on(capsys):
     run("--dedicated=0.1", "--steps=5", "--out_dir=out")
-    for change in ("--dedicated=0.2", "--basis=delta", "--variant=topk"):
+    for change in ("--dedicated=0.2", "--basis=delta", "--variant=topk", "--val_tokens=64"):
         key, _ = change.split("=")
         assert key in error_of(capsys, resume, "--steps=10", change)
     resume("--steps=10", "--dedicated=0.1", "--basis=plain", "--variant=batchtopk")
@@ -4214,6 +4306,17 @@ for variant in ("vanilla", "topk", "batchtopk"):
         options += " --wandb_mode=disabled --val_tokens=0 --log_every=5"
         train.main(options.split())
 
+real = train.CrossCoder.__init__
+
+
+def freeze(model, *given, **options):
+    real(model, *given, **options)
+    model.b_dec.requires_grad_(False)
+
+
+train.CrossCoder.__init__ = freeze
+train.main([*options.split(), f"--out_dir={out}/frozen"])
+train.CrossCoder.__init__ = real
 rank, n = train.PartialState().process_index, train.PartialState().num_processes
 for start in (0.0, 1.0, 1e9):  # of the threshold
     torch.manual_seed(0)
@@ -4257,6 +4360,12 @@ def runs(tmp_path_factory, worker_id):
                 patch.setattr(sys, "argv", ["runs.py", str(HERE), str(folder / "1")])
                 runpy.run_path(str(path))
     return folder / "1", folder / "2"
+
+
+def test_two_processes_train_a_model_with_a_frozen_parameter(runs):
+    one, two = [weights(folder / "frozen") for folder in runs]
+    assert torch.equal(one["b_dec"], two["b_dec"])
+    assert (two["W_dec"] - one["W_dec"]).norm() < 1e-3 * one["W_dec"].norm()
 
 
 @pytest.mark.slow

@@ -271,7 +271,7 @@ class Store:
             self.val_rows = np.flatnonzero(is_held_out)
         left = len(self.train_rows)
         if left < config["batch_size"]:
-            fail(f"{left} of {n} rows are left to train on, fewer than --batch_size")
+            fail(f"{left} of {n} rows are left, fewer than --batch_size: docs are held out whole")
         passes = config["steps"] * config["batch_size"] / left
         if passes > 5:
             print(f"{passes:.0f} passes over {left:,} rows: more rows would tell more")
@@ -279,7 +279,7 @@ class Store:
     @lru_cache(2)
     def shuffled(self, epoch):
         """Returns the training rows in the order of that epoch."""
-        together = self.config["rows_together"]
+        together = min(self.config["rows_together"], len(self.train_rows))
         rng = np.random.default_rng([self.config["seed"], epoch])
         padded = np.pad(self.train_rows, (0, -len(self.train_rows) % together), constant_values=-1)
         rows = rng.permutation(padded.reshape(-1, together)).ravel()
@@ -818,13 +818,15 @@ def train(config, state=None, data=None):
         if (out / "checkpoint.pt").exists():
             fail(f"--out_dir={out} holds a run already: continue it by --resume=True")
         state = dict(step=0, tokens=0, rows=[], docs_read=0, wandb_id=os.urandom(4).hex())
-    for key in ("variant", "basis", "dedicated"):
+    for key in ("variant", "basis", "dedicated", "val_tokens"):
         if config[key] != state.get("config", config)[key]:
             fail(f"resuming cannot change --{key}")
 
     # data, model, optimiser
     torch.manual_seed(config["seed"])
     data = data or open_data(config, state["docs_read"])
+    if config["val_tokens"] and not len(next(iter(data.held_out), [])):
+        fail("no rows are held out: give --val_tokens=0, or more rows")
     model = new_model(config, data).to(device)
     betas = (config["beta1"], config["beta2"])
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=betas, fused=True)
@@ -838,7 +840,8 @@ def train(config, state=None, data=None):
             moments = dict(state=state["moments"])  # learning rates are the config's
             optimizer.load_state_dict(optimizer.state_dict() | moments)
             for p, of_p in optimizer.state.items():  # other shapes would crash the fused step
-                assert all(y.shape in (p.shape, ()) for y in of_p.values()), "moments"
+                moments = [y for name, y in of_p.items() if name.startswith("exp_avg")]
+                assert all(y.shape == p.shape for y in moments), "moments"
         warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
     if state["step"] >= steps:
         print(f"finished already; its report: python report.py --run={out}")
@@ -885,7 +888,8 @@ def train(config, state=None, data=None):
         losses["loss"].backward()
         if PartialState().num_processes > 1:  # no DDP: all gradients come at once, after backward
             for p in model.parameters():
-                p.grad = reduce(p.grad)
+                if p.grad is not None:
+                    p.grad = reduce(p.grad)
 
         # clip and step
         lr = scheduler.get_last_lr()[0]
@@ -922,7 +926,10 @@ def train(config, state=None, data=None):
         is_time = config["save_every"] == 0 and time.perf_counter() > saved_at + 600
         if rank == 0 and (stop or is_time or is_due(step, config["save_every"], steps)):
             saved_at = time.perf_counter()
-            model.save_pretrained(out)
+            # not by save_pretrained, which deletes config.json first
+            options = json.dumps(model._hub_mixin_config)
+            write_atomically(out / "config.json", lambda part: part.write_text(options))
+            model._save_pretrained(out)
             state |= dict(config=config, step=step, tokens=tokens, model=model.state_dict())
             state["moments"] = optimizer.state_dict()["state"]
             state["docs_read"] = getattr(data, "docs_read", 0)
