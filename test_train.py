@@ -3933,8 +3933,9 @@ def test_a_script_that_is_stopped_while_it_imports_ends_without_a_traceback():
         "collect.py": (1, "stopped: the same command goes on\n"),
     }
     processes = {name: script(name, "--out_dir=out") for name in expected}
-    time.sleep(1)
     for process in processes.values():
+        while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
     for name, (rc, said) in expected.items():
         assert ended(processes[name], rc)[1] == said, name

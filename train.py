@@ -57,18 +57,18 @@ config = dict(
     resume=False,  # continue the run in out_dir; other keys that are given override its own
     save_every=0,  # steps between checkpoints; 0: every ten minutes
     log_every=50,  # steps between rows of metrics
-    eval_every=500,  # steps between validations; the last step always has one
+    eval_every=500,  # steps between validations, of the first 8,192 held-out rows; the last has one
     wandb_mode="offline",  # offline, online or disabled
     wandb_project="crosscoder",  # name of the project in wandb
     # data
-    data="toy",  # toy, path of a store, or stream (collects while training; takes its keys, too)
+    data="toy",  # toy, path of a store, or stream (runs collect.py's part, and takes its keys, too)
     places="base,finetuned",  # datasets of the store, such as base_7,finetuned_7; the first is A
-    val_tokens=-1,  # rows held out; 0: none; -1: 1%, at least 8,192, or a tenth of a small store
+    val_tokens=-1,  # rows held out; 0: none; -1: 1% (8,192 to 1M), or a tenth of a small store
     rows_together=1,  # rows shuffled as one: take 64 to 256 if the store is larger than memory
     batch_size=1024,  # tokens per step, over all processes
     # model and losses
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
-    basis="plain",  # learns (A, B); or delta: (A, B - A), with one mean norm; or difference: B - A
+    basis="plain",  # learns (A, B); or delta: (A, B - A); or difference: B - A; each of one size
     d_hidden=512,  # number of latents
     dedicated=0.0,  # share of latents that only A may use; B gets the same share for itself
     k=32,  # active latents per token: at most (topk) or on average over the batch (batchtopk)
@@ -151,7 +151,8 @@ def checked(values, defaults, allowed):
                 value = ast.literal_eval(str(value))
             new = kind(value)  # --steps=1e6 is an int, too
             assert new == value and isinstance(value, bool) == (kind is bool), "another type"
-            assert kind is str or min(kind is int, default) <= new < 1e15, "too small or too large"
+            least = 1 if kind is int else 0
+            assert kind is str or min(least, default) <= new < 1e15, "too small or too large"
             assert new in allowed.get(key, [new]), "not allowed"
         settings[key] = new
     return settings
@@ -203,7 +204,7 @@ class Toy:
         g = torch.Generator().manual_seed(config["seed"])
         d = F.normalize(torch.randn(256, 2, self.d_model, generator=g), dim=-1)
         d[:, 1] = F.normalize(d[:, 0] + 0.2 * d[:, 1], dim=-1)  # B turns by 11 degrees
-        d[192:] *= 2**0.5  # so that all features have the same total norm
+        d[192:] *= 2**0.5  # so that all features have the same norm over both models
         d[192:224, 1] = 0
         d[224:, 0] = 0
         self.directions = d  # [feature, model, d_model]
@@ -223,7 +224,7 @@ class Toy:
 
 def view_of(lists):
     """Returns a numpy view [rows, d_model] of an Arrow array of lists, which copies nothing."""
-    lengths = pc.list_value_length(lists).unique().to_pylist()  # if several: cannot reshape
+    lengths = pc.list_value_length(lists).unique().to_pylist()  # reshape takes no more than one
     return lists.flatten().to_numpy().reshape(len(lists), *lengths)
 
 
@@ -348,14 +349,15 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
     losses work on raw activations [batch, n_models, d_model], which they scale first.
 
     Parameters: W_enc and W_dec [d_hidden, n_models, d_model], b_enc [d_hidden] and b_dec [n_models,
-    d_model]. Buffers: scale [n_models] is sqrt(d_model) / mean norm of each model's activations.
-    to_scaled [n_models, n_models] maps raw activations to scaled ones; in the basis "delta" it also
-    subtracts A from B. The basis "difference" leaves A out: W_enc, W_dec, b_dec, mask and the rows
-    of to_scaled are of the other n_models - 1. mask [d_hidden, n_models, 1] is 0 for a model that a
-    dedicated latent must not use. The first latents are A's own, the next ones B's. since_fired
-    [d_hidden] counts the tokens since each latent fired. threshold [] is a running mean of the
-    lowest score (pre-activation * decoder norm) that batchtopk keeps. In eval mode it keeps the
-    scores >= threshold instead, so that a token's code does not depend on its batch.
+    d_model]. Buffers: to_scaled [n_models, n_models] maps raw activations to scaled ones; in the
+    basis "delta" it also subtracts A from B. scale [n_models] is sqrt(d_model) / mean norm of each
+    model's activations; `in_models` uses it. The basis "difference" leaves A out: W_enc, W_dec,
+    b_dec, mask and the rows of to_scaled are of the other n_models - 1. mask [d_hidden, n_models,
+    1] is 0 for a model that a dedicated latent must not use. The first latents are A's own, the
+    next ones B's. since_fired [d_hidden] counts the tokens since each latent fired. threshold [] is
+    a running mean of the lowest score (pre-activation * decoder norm) that batchtopk keeps. In eval
+    mode it keeps the scores >= threshold instead, so that a token's code does not depend on its
+    batch.
     """
 
     def __init__(
@@ -525,9 +527,9 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
         """Encodes scaled x [batch, n_models * d_model], given flat(W_enc) and decoder_norm().
         Returns f as a SparseCode, and the number of rows in which each latent fires [d_hidden].
         """
-        dense = DENSE[x.device.type]
-        sample = F.linear(x[:8], W_enc, self.b_enc)
-        if self.variant == "vanilla" and (sample > 0).float().mean() > dense:  # early in training
+        sample = F.linear(x[:8], W_enc, self.b_enc) > 0
+        is_dense = sample.float().mean() > DENSE[x.device.type]
+        if self.variant == "vanilla" and is_dense:  # early in training
             cut = self.threshold  # which stays 0
             row = torch.arange(len(x), device=x.device)[:, None]
             latent = torch.arange(len(norm), device=x.device)
@@ -549,20 +551,20 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
     def choose(self, x, W_enc, norm, margin=1):
         """Chooses the active latents by their scores, pre-activation * norm. Returns their
         pre-activations as a SparseCode, and the cut: scores >= cut are kept. In training, batchtopk
-        first looks only at scores over 0.9 of its threshold. If they are too few, it calls itself
-        with twice the margin. That call looks at scores over a lower cut, which it estimates from
-        about 32 rows: there, margin * k scores a row exceed it.
+        looks only at scores over a floor, first 0.9 of its threshold. If they are too few, it calls
+        itself with twice the margin. That call estimates a lower floor from about 32 rows, where
+        margin * k scores a row exceed it.
         """
         norm = norm.clamp(min=1e-30)  # in vanilla, a latent whose decoder is 0 must recover
         is_searching = self.variant == "batchtopk" and self.training
-        cut = self.threshold  # 0 in vanilla and topk
+        floor = self.threshold  # 0 in vanilla and topk
         if is_searching:
-            cut = 0.9 * cut
+            floor = 0.9 * floor
         if margin > 1:
             sample = x[:: len(x) // 32 + 1]
             scores = F.relu(F.linear(sample, W_enc, self.b_enc) * norm).flatten()
-            cut = gather(nth_largest(scores, margin * self.k * len(sample))).max()
-        bound = 0.9999 * cut / norm  # for pre; slightly low, because of rounding
+            floor = gather(nth_largest(scores, margin * self.k * len(sample))).max()
+        bound = 0.9999 * floor / norm  # for pre; slightly low, because of rounding
 
         def candidates(pre):  # [rows, d_hidden]
             if self.variant == "topk":
@@ -571,12 +573,12 @@ class CrossCoder(nn.Module, PyTorchModelHubMixin, coders={np.generic: (np.generi
 
         code = entries_at(candidates, x, W_enc, self.b_enc)
         score = code.value * norm[code.latent]
+        cut = floor
         if is_searching:
             n = self.k * len(x) * PartialState().num_processes
-            least = nth_largest(gather(pad_across_processes(score)), n)
-            if least < cut:
+            cut = nth_largest(gather(pad_across_processes(score)), n)
+            if cut < floor:
                 return self.choose(x, W_enc, norm, 2 * margin)
-            cut = least
         keep = (score >= cut).nonzero().flatten()
         return SparseCode(code.row[keep], code.latent[keep], code.value[keep], code.shape), cut
 
@@ -685,8 +687,9 @@ def metrics(total):
 
 @torch.no_grad()
 def validate(model, data, l1_coeff=0.0, dead_after=torch.inf, n_rows=torch.inf):
-    """Puts the model into eval mode. Returns metrics of the held-out rows, and the share of them in
-    which each latent fires [d_hidden]. Stops after the batch in which row n_rows comes.
+    """Puts the model into eval mode. Returns metrics of the held-out rows, without aux_loss, and
+    the share of them in which each latent fires [d_hidden]. Stops after the batch in which row
+    n_rows comes.
     """
     model.eval()
     total = Counter()
@@ -696,6 +699,7 @@ def validate(model, data, l1_coeff=0.0, dead_after=torch.inf, n_rows=torch.inf):
         if total["rows"] >= n_rows:
             break
     frequency = total.pop("fired") / total["rows"]
+    del total["aux_loss"]
     return metrics(total), frequency
 
 
@@ -889,7 +893,7 @@ def train(config, state=None, data=None):
         if PartialState().num_processes > 1:  # no DDP: all gradients come at once, after backward
             for p in model.parameters():
                 if p.grad is not None:
-                    p.grad = reduce(p.grad)
+                    p.grad = reduce(p.grad, "mean")
 
         # clip and step
         lr = scheduler.get_last_lr()[0]
@@ -917,7 +921,7 @@ def train(config, state=None, data=None):
             logged_at = time.perf_counter()
             logged_tokens = tokens
 
-        # validate (for early stopping, break after the save below)
+        # validate (to stop early, append signal.SIGTERM to stop_signals: the next step saves)
         if rank == 0 and config["val_tokens"] and is_due(step, config["eval_every"], steps):
             row, _ = validate(model, data, l1_coeff, config["dead_after"], 8192)
             log(out, rows, step, row, "val/")
