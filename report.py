@@ -520,7 +520,8 @@ COLUMNS = dict(  # of the list of latents, and the names of patches: what each m
     nats_per_token="estimate, from training texts: by how much its change, put into A, lowers the "
     "KL divergence from B; positive: it takes A towards B",
     change_per_token="change times frequency",
-    relative_norm="share of B in its decoder norm: 0 is of the base model, 1 of the fine-tuned one",
+    relative_norm="share of B in its decoder norm: 0 is of the base model, 0.5 of both alike, 1 of "
+    "the fine-tuned one",
     change="norm of d_B - d_A, its decoder vectors, over the sum of their norms (with "
     "--basis=difference, over the mean of that norm)",
     frequency="share of held-out rows in which it fires",
@@ -528,7 +529,7 @@ COLUMNS = dict(  # of the list of latents, and the names of patches: what each m
     kind="by relative_norm: base-only under 0.1, shared (though it may have turned) 0.4 to 0.6, "
     "fine-tuned-only over 0.9, uneven between these",
     nu_r="latent scaling on reconstructions: 1 if the other model has as much of it; small: little",
-    nu_epsilon="the same on errors; small: the other model's error does not hide it either",
+    nu_epsilon="the same on what the other model's reconstruction misses: large if it is in there",
     confirmed="the model that alone has it: nu_r < 0.5, nu_epsilon < 0.2, kind not shared, in "
     "enough rows",
     latents="of a crosscoder, a dictionary that is trained on the activations of both models: each "
@@ -740,7 +741,7 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread, shares):
         said.append(f"{kinds}{n_confirmed:,} confirmed to be of one model alone")
     if "opening" in table and table.opening.any():
         n = (table.opening == "opening").sum()
-        said.append(f"{n:,} are openings: nearly always strongest in a text's first ten tokens")
+        said.append(f"{n:,} latents are openings: strongest in the first ten tokens of texts")
     if len(curve):
         kl = curve.kl
         of = f"{found.text.nunique()} texts, {found.n_kl[found.name == 'clean_A'].sum():,} tokens"
@@ -758,8 +759,8 @@ def verdict(d_hidden, table, row, by_source, found, curve, spread, shares):
         else:
             why = "B's activations, put into A here, change it by less than 0.01"
             if not differs:
-                why = "B - A is not above the noise"
-            said.append(f"{start}. No shares are given: {why}")
+                why = f"B - A is not above {row['noise']:.1g} of A, which counts as noise"
+            said.append(f"{start}. No shares of it are given: {why}")
         if row["ranking_texts"] < 8:
             said.append("Latents are ranked by fewer than 8 texts: their order is uncertain")
     if not differs:

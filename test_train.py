@@ -3008,8 +3008,8 @@ def test_of_the_same_model_twice_and_of_noise_no_share_is_printed_and_nothing_co
         said = capsys.readouterr().out
         assert "%" not in said
         assert ("none is of one model" if basis == "difference" else ", 0 confirmed") in said
-        why = "change it by less than 0.01" if differs else "B - A is not above the noise"
-        assert re.search(f"No shares are given: .*{why}", said)
+        why = "change it by less than 0.01" if differs else "B - A is not above .* counts as noise"
+        assert re.search(f"No shares of it are given: .*{why}", said)
         assert ("There is nothing to rank latents by" in said) == (not differs)
         assert ("The models do not differ here\n" in said) == (not differs)
         assert not any("recovered_c" in key for key in metrics(basis)[-1])
