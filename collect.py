@@ -600,12 +600,14 @@ class Stream:
         n_processes = self.harvest.n_processes
         while True:
             docs = self.harvest.read(self.docs_read)
+            n_rows = int(self.docs_read > self.first)  # kept in this pass, unless it is a part
             while shard := take_docs(docs, self.config["shuffle_rows"] * n_processes):
                 self.docs_read += len(shard)
-                yield self.harvest.run_kept(shard[PartialState().process_index :: n_processes])
-            # with fewer texts than processes, one process would wait for rows for ever
-            if self.docs_read - self.first < n_processes:
-                fail(f"--text={self.config['text']}: too few are left for {n_processes} processes")
+                rows = self.harvest.run_kept(shard[PartialState().process_index :: n_processes])
+                n_rows += len(rows)
+                yield rows
+            if not n_rows:  # it would wait for rows for ever
+                fail(f"--text={self.config['text']}: too few are left, beside --val_tokens")
             print(f"all {self.docs_read} docs are read: they come again", file=sys.stderr)
             self.docs_read = self.first
 
@@ -691,6 +693,7 @@ def collect(config):
             if lost.total() > meta["tokens"] / 100:
                 harvest.bar.set_postfix_str(f"dropped: {dict(lost)}")
         harvest.bar.close()
+    PartialState().wait_for_everyone()  # a slower process would make the folder again
     if is_main:
         (building / "lock").unlink()
         building.replace(out)

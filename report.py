@@ -247,7 +247,11 @@ class Hooked:
 
     def __init__(self, model, hook, divided_by):
         from nnsight import NNsight
+        from transformers import GenerationConfig
 
+        # what else its own may set, such as a penalty, is not greedy
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        model.generation_config = GenerationConfig(eos_token_id=ends)
         self.model = NNsight(model.requires_grad_(False))
         self.hook = hook
         self.divided_by = divided_by
@@ -685,7 +689,7 @@ def write_all(texts, models, changes):
     """
     docs = [texts.doc(doc) for doc in texts.evenly(texts.store.val_rows, 100)]
     n = min(12, max(map(len, docs)))
-    prompts = [ids[:n] for ids in docs if len(ids) >= n][:3]
+    prompts = list(dict.fromkeys(tuple(ids[:n]) for ids in docs if len(ids) >= n))[:3]
     ids = torch.tensor(prompts, device=models[0].model.device)
     nothing = Estimate("a", torch.zeros(0, 1).to(ids.device), 0, [])
     changes = dict(base=nothing, finetuned=nothing) | changes
@@ -955,7 +959,7 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
             steered |= {latent: constant._replace(bias=changes[latent]) for latent in listed}
             written = write_all(texts, models, steered)
             of_models = written.drop(columns=listed).T
-            above["What the models write after three beginnings (greedily)"] = to_html(of_models)
+            above["What the models write after beginnings of texts (greedily)"] = to_html(of_models)
             for latent in listed:
                 of_size = changes[latent].norm() / size
                 hover = f"a change of {of_size:.2g} of A's mean norm, added to A everywhere"

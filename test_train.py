@@ -49,6 +49,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     Gemma3Config,
+    GenerationConfig,
     GPT2Config,
     GPTNeoConfig,
     LlamaConfig,
@@ -1989,6 +1990,21 @@ def test_a_stream_holds_out_its_first_texts_whole_also_when_all_come_again_and_o
     assert again.docs_read == stream.docs_read
 
 
+def test_a_stream_without_a_row_to_train_on_gets_one_line(pairs, capsys):
+    folder, _ = pairs["llama"]
+    write_texts("few.jsonl", ["w1 w2 w3"] * 20 + ["w1 w2 w3 w4 w5 w6 w7 w8"])
+    config = collect_config(folder, text="few.jsonl", skip_positions=5)
+    config |= dict(val_tokens=1, batch_size=4)
+    tokenizer = collect.load("base", config, "cpu")[1]
+    for seed in range(100):  # of which the long text is the first, and held out
+        config["seed"] = seed
+        if len(next(collect.read_docs(config, tokenizer, {}))["input_ids"]) > 5:
+            break
+    stream = collect.Stream(config)
+    assert len(stream.held_out[0]) == 1
+    assert "too few are left" in error_of(capsys, stream.batch, 0)
+
+
 def test_a_stream_trains_and_resumes_and_its_batches_are_rows_of_both_models(pairs, monkeypatch):
     folder, _ = pairs["llama"]
     options = "--data=stream --out_dir=out --steps=60 --k=8 --val_tokens=64 --layer=1 --seq_len=32"
@@ -3595,6 +3611,8 @@ def test_what_a_steered_model_writes_is_what_plain_hooks_make_it_write(pairs, ki
     folder = pairs["llama"][0] if kind == "llama" else "neo"
     if kind == "neo":  # its blocks put out tuples
         make_pair("neo", "neo")
+        settings = GenerationConfig(repetition_penalty=1.5, num_return_sequences=2, num_beams=2)
+        settings.save_pretrained("neo/finetuned")  # not greedy
     collect.collect(collect_config(folder))
     texts = report.Texts(train.Store(store_config(val_tokens=300)))
     models = report.load_models(texts, "cpu")
