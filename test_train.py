@@ -4516,7 +4516,7 @@ def test_the_benchmark_of_the_hard_toy_runs():
 
 @pytest.mark.benchmark
 def test_the_hard_toy_tells_methods_apart(capsys):
-    """Prints the README's table of the hard toy, in about ten minutes."""
+    """Prints the README's table of the hard toy, in about five minutes."""
     torch.set_num_threads(os.cpu_count())
     table = hard_toy_table(HARD_TOY)
     with capsys.disabled():
