@@ -828,7 +828,7 @@ def train(config, state=None, data=None):
 
     # data, model, optimiser
     torch.manual_seed(config["seed"])
-    data = data or open_data(config, state["docs_read"])
+    data = data or open_data(config, state.get("docs_read", 0))
     if config["val_tokens"] and not len(next(iter(data.held_out), [])):
         fail("no rows are held out: give --val_tokens=0, or more rows")
     model = new_model(config, data).to(device)
