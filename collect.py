@@ -168,7 +168,7 @@ def load(key, config, device):
             model.resize_token_embeddings(len(tokenizer))
         kind = PeftConfig.from_pretrained(name)
         head = model.get_output_embeddings()
-        # It may share its weights with the embedding: untie them. New tokens are of both.
+        # It may share its weights with the embedding: untie them. New tokens are trained in both.
         if head is not None and not getattr(kind, "trainable_token_indices", None):
             model.config.tie_word_embeddings = False
             head.weight = nn.Parameter(head.weight.clone())
@@ -477,7 +477,7 @@ class Harvest:
         self.special = special + self.tokenizer.all_special_ids
 
         # The median norm is of the first docs, which are the same in every process. This first run
-        # has no limits and only its norms are used: over_float16 can only mean nan or inf.
+        # knows no limits yet. Its norms alone are used. In it, over_float16 means nan or inf.
         self.largest_norm = self.divided_by = torch.inf
         docs = self.read()
         while sample := take_docs(docs, 4096):
@@ -600,7 +600,8 @@ class Stream:
         n_processes = self.harvest.n_processes
         while True:
             docs = self.harvest.read(self.docs_read)
-            n_rows = int(self.docs_read > self.first)  # kept in this pass, unless it is a part
+            # rows kept in this pass; one that begins in the middle may keep none
+            n_rows = int(self.docs_read > self.first)
             while shard := take_docs(docs, self.config["shuffle_rows"] * n_processes):
                 self.docs_read += len(shard)
                 rows = self.harvest.run_kept(shard[PartialState().process_index :: n_processes])

@@ -119,7 +119,8 @@ class Texts:
 
     def pieces(self, ids):
         """Returns the text of each token, as a list. A letter may be split over tokens: then the
-        last of these has it, and the others have "". Unless ids begin within a letter.
+        last of these has it, and the others have "". If ids begin within a letter, the token after
+        it has the rest.
         """
         pieces = []
         done = ""
@@ -203,9 +204,9 @@ def latent_scaling(model, batches):
 
 def latents_of(model, data, frequency, dead_after, n_rows):
     """Returns `compare` with the columns of `latent_scaling` and with `confirmed`, the model that
-    alone has the latent, or "". For that nu_r and nu_epsilon must be small, and the kind not shared
-    (as it is if d_A and d_B are as long but turned). It must fire in 20 of the n_rows held-out
-    rows, or in 1% if they are fewer than 2,000.
+    alone has the latent, or "". For that nu_r and nu_epsilon must be small. The kind must not be
+    shared: nu is also small if d_A and d_B are equally long, but point elsewhere. The latent must
+    fire in 20 of the n_rows held-out rows, or in 1% if they are fewer than 2,000.
     """
     table = compare(model, frequency, dead_after)
     table["confirmed"] = ""
@@ -249,7 +250,7 @@ class Hooked:
         from nnsight import NNsight
         from transformers import GenerationConfig
 
-        # what else its own may set, such as a penalty, is not greedy
+        # its own settings, such as a penalty, would change what it writes: keep the end of a text
         ends = getattr(model.generation_config, "eos_token_id", None)
         model.generation_config = GenerationConfig(eos_token_id=ends)
         self.model = NNsight(model.requires_grad_(False))
@@ -979,8 +980,8 @@ def report(model, data, config, rows, splice=False, generate=False, n_texts=16):
     latents = latents.dropna(axis=1, how="all")
     words = latents.select_dtypes("str")
     latents[words.columns] = words.fillna("")
+    names = getattr(data, "names", ["base", "finetuned"])
     with pd.option_context("display.float_format", "{:.3g}".format):
-        names = getattr(data, "names", ["base", "finetuned"])
         page = page_of(said, texts.meta, names, above, latents, svg, below)
     train.write_atomically(out / "report.html", lambda part: part.write_bytes(page.encode()))
     print("\n".join(said), f"\nreport: {out / 'report.html'}")

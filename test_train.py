@@ -943,8 +943,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(variant, monkeypa
 @pytest.mark.parametrize(
     ("kind", "options", "names"),
     [
-        (torch.optim.SGD, dict(momentum=0.9), ["momentum_buffer"]),
-        (torch.optim.Adafactor, {}, ["step", "row_var", "col_var"]),
+        (torch.optim.SGD, dict(momentum=0.9), {"momentum_buffer"}),
+        (torch.optim.Adafactor, {}, {"step row_var col_var", "step variance"}),
     ],
 )
 def test_an_optimiser_that_a_user_edits_in_trains_and_resumes_bit_for_bit(
@@ -955,7 +955,7 @@ def test_an_optimiser_that_a_user_edits_in_trains_and_resumes_bit_for_bit(
 
     monkeypatch.setattr(train.torch.optim, "Adam", new)
     assert_resuming_changes_nothing(monkeypatch, "--lr=0.1")
-    assert list(checkpoint("out")["moments"][0]) == names
+    assert {" ".join(state) for state in checkpoint("out")["moments"].values()} == names
     rows = [row for row in metrics("out") if "loss" in row]
     assert rows[-1]["loss"] < 0.95 * rows[0]["loss"]
 
@@ -3024,7 +3024,7 @@ def test_of_the_same_model_twice_and_of_noise_no_share_is_printed_and_nothing_co
         said = capsys.readouterr().out
         assert "%" not in said
         assert ("none is of one model" if basis == "difference" else ", 0 confirmed") in said
-        why = "change it by less than 0.01" if differs else "B - A is not above .* counts as noise"
+        why = "change it by less than 0.01" if differs else "B - A is not above 0.0005 of A, which"
         assert re.search(f"No shares of it are given: .*{why}", said)
         assert ("There is nothing to rank latents by" in said) == (not differs)
         assert ("The models do not differ here\n" in said) == (not differs)

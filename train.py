@@ -57,18 +57,18 @@ config = dict(
     resume=False,  # continue the run in out_dir; other keys that are given override its own
     save_every=0,  # steps between checkpoints; 0: every ten minutes
     log_every=50,  # steps between rows of metrics
-    eval_every=500,  # steps between validations, of the first 8,192 held-out rows; the last has one
+    eval_every=500,  # steps between validations (first 8,192 held-out rows); the last step has one
     wandb_mode="offline",  # offline, online or disabled
     wandb_project="crosscoder",  # name of the project in wandb
     # data
-    data="toy",  # toy, path of a store, or stream (runs collect.py's part, and takes its keys, too)
+    data="toy",  # toy, a store's path, or stream (collects while training, takes collect.py's keys)
     places="base,finetuned",  # datasets of the store, such as base_7,finetuned_7; the first is A
     val_tokens=-1,  # rows held out; 0: none; -1: 1% (8,192 to 1M), or a tenth of a small store
     rows_together=1,  # rows shuffled as one: take 64 to 256 if the store is larger than memory
     batch_size=1024,  # tokens per step, over all processes
     # model and losses
     variant="batchtopk",  # vanilla (ReLU and L1), topk or batchtopk
-    basis="plain",  # learns (A, B); or delta: (A, B - A); or difference: B - A; each of one size
+    basis="plain",  # plain: (A, B); delta: (A, B - A); difference: B - A; scaled to the same norm
     d_hidden=512,  # number of latents
     dedicated=0.0,  # share of latents that only A may use; B gets the same share for itself
     k=32,  # active latents per token: at most (topk) or on average over the batch (batchtopk)
